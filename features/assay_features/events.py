@@ -1,0 +1,181 @@
+"""Events in columns, the one form that batch, stream and services share.
+
+The rules that turn raw values into canonical ones live here and nowhere else, so that a card number means the
+same in a CSV file, in Parquet and in JSON.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from assay_platform.errors import DataError
+from numpy.typing import NDArray
+
+MAX_KEY_LENGTH = 256
+_INTEGRAL_FLOAT = re.compile(r"-?\d+\.0+")
+# Whole years 1 to 9999, what ISO 8601 can write.
+_MIN_TIME_S, _MAX_TIME_S = -62_135_596_800.0, 253_402_300_799.0
+
+Keys = NDArray[np.object_]
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Events:
+    """N events as columns of equal length.
+
+    time_us: microseconds since 1970 UTC. keys: entity and categorical columns, str or None. numbers: numeric
+    columns, NaN where missing.
+    """
+
+    time_us: NDArray[np.int64]
+    keys: Mapping[str, Keys]
+    numbers: Mapping[str, Numbers] = field(default_factory=dict)
+    ids: Keys | None = None
+    labels: NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.time_us)
+
+    def take(self, rows: NDArray[np.intp] | slice) -> "Events":
+        """A subset or another order of rows."""
+        return Events(
+            time_us=self.time_us[rows],
+            keys={name: column[rows] for name, column in self.keys.items()},
+            numbers={name: column[rows] for name, column in self.numbers.items()},
+            ids=None if self.ids is None else self.ids[rows],
+            labels=None if self.labels is None else self.labels[rows],
+        )
+
+
+def canonical_key(value: Any) -> str | None:
+    """The string form of an id or a category; None where missing.
+
+    A float with no fraction loses its '.0', since the same id is an integer in one file and, next to a
+    missing value, a float in another. Leading zeros stay.
+
+    Raises:
+        ValueError: the value is no scalar or is longer than 256 characters.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float | np.floating):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not a usable id")
+        text = str(int(value)) if float(value).is_integer() else repr(float(value))
+    elif isinstance(value, str | int | np.integer):
+        text = str(value).strip()
+    else:
+        raise ValueError(f"{type(value).__name__} is not a string or a number")
+    if len(text) > MAX_KEY_LENGTH:
+        raise ValueError(f"has {len(text)} characters; at most {MAX_KEY_LENGTH} are allowed")
+    if _INTEGRAL_FLOAT.fullmatch(text):
+        text = text.partition(".")[0]
+    return text or None
+
+
+def number(value: Any) -> float:
+    """A finite number, or NaN where missing.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    if value is None:
+        return math.nan
+    if isinstance(value, str) and not value.strip():
+        return math.nan
+    if not isinstance(value, str | int | float | np.integer | np.floating):
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        parsed = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{_shown(value)} is not a number") from None
+    if math.isinf(parsed):
+        raise ValueError(f"{_shown(value)} is not a finite number")
+    return parsed
+
+
+def timestamp_us(value: Any) -> int:
+    """Epoch seconds or ISO 8601 → microseconds since 1970 UTC. A time without a zone is UTC.
+
+    Raises:
+        ValueError: the value is neither, is missing, or lies outside of years 1 to 9999.
+    """
+    if isinstance(value, datetime):
+        moment = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return round(moment.timestamp() * 1_000_000)
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            seconds = float(text)
+        except ValueError:
+            try:
+                moment = datetime.fromisoformat(text)
+            except ValueError:
+                raise ValueError(f"{_shown(value)} is neither epoch seconds nor ISO 8601") from None
+            return timestamp_us(moment)
+    elif isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        try:
+            seconds = float(value)
+        except OverflowError:
+            raise ValueError(f"{_shown(value)} lies outside of the years 1 to 9999") from None
+    else:
+        raise ValueError(f"{_shown(value)} is neither epoch seconds nor ISO 8601")
+    if math.isnan(seconds):
+        raise ValueError("the timestamp is missing")
+    if not _MIN_TIME_S <= seconds <= _MAX_TIME_S:
+        raise ValueError(f"{_shown(value)} lies outside of the years 1 to 9999")
+    return round(seconds * 1_000_000)
+
+
+def events_from_records(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    timestamp: str,
+    keys: Sequence[str],
+    numbers: Sequence[str],
+    id_column: str | None = None,
+) -> Events:
+    """Canonical events from parsed JSON objects; other columns are ignored.
+
+    Raises:
+        DataError: a column is missing or has a value that does not fit; the message names event and column.
+    """
+
+    def column(name: str, parse: Any) -> list[Any]:
+        values = []
+        for i, record in enumerate(records):
+            if name not in record:
+                raise DataError(f"events[{i}].{name}: is missing; send null for an unknown value")
+            try:
+                values.append(parse(record[name]))
+            except ValueError as error:
+                raise DataError(f"events[{i}].{name}: {error}") from error
+        return values
+
+    ids = None
+    if id_column is not None:
+        ids = _objects([canonical_key(record.get(id_column)) for record in records])
+    return Events(
+        time_us=np.asarray(column(timestamp, timestamp_us), dtype=np.int64),
+        keys={name: _objects(column(name, canonical_key)) for name in keys},
+        numbers={name: np.asarray(column(name, number), dtype=np.float64) for name in numbers},
+        ids=ids,
+    )
+
+
+def _objects(values: Sequence[Any]) -> Keys:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,154 @@
+"""The `assay` command.
+
+Only the standard library is imported until a command needs more, so that `assay --help` answers at once.
+Exit codes: 0 done, 1 the work failed, 2 the call or its input is wrong, 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from assay_pipelines.console import complain
+
+_EPILOG = """examples:
+  assay demo                                             the whole platform on public data, about five minutes
+  assay data get ieee-cis                                fetch a public data set
+  assay run fraud --data ieee-cis                        features, search, training, gate, registry
+  assay run fraud --data card.csv --schema card.toml     the same on your own table
+  assay models                                           what the registry holds
+  assay serve                                            REST on http://127.0.0.1:8000, docs at /docs
+  assay promote fraud-card 2                             make version 2 the one that answers
+
+Settings are read from assay.toml or the file that ASSAY_CONFIG names; ASSAY_HOME says where state lives.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One clear line on stderr and exit code 2 for a wrong call."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{self.prog}: {message} (see `{self.prog} --help`)")
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="assay",
+        description="Scores what to recommend and whom to trust: features, models, registry, REST.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="the main job on real data, both applications")
+    demo.add_argument("--keep", action="store_true", help="leave the service running at the end")
+    demo.add_argument("--port", type=int, default=0, help="port of the demo's service; 0 takes any free one")
+
+    data = commands.add_parser("data", help="public data sets")
+    data_commands = data.add_subparsers(dest="data_command", metavar="ACTION", required=True, parser_class=_Parser)
+    get = data_commands.add_parser("get", help="fetch one, verify its checksum, show its licence")
+    get.add_argument("name", metavar="NAME", help="movielens-100k, ieee-cis or complete-journey")
+    get.add_argument("--from", dest="source", type=Path, metavar="FOLDER",
+                     help="read the publisher's own CSV files from here (ieee-cis)")  # fmt: skip
+
+    for name, text in (
+        ("run", "the whole pipeline, through to a registered version"),
+        ("tune", "search only"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("application", choices=("fraud", "recommend"), metavar="APP", help="fraud or recommend")
+        command.add_argument("--data", required=True, metavar="NAME|FILE",
+                             help="a data set's name, or a CSV or Parquet file")  # fmt: skip
+        command.add_argument("--schema", type=Path, metavar="FILE.toml",
+                             help="what the columns of FILE mean; see the README")  # fmt: skip
+        command.add_argument("--name", metavar="MODEL", help="name in the registry (default: APP-DATA)")
+        command.add_argument("--budget", type=float, default=120.0, metavar="SECONDS",
+                             help="seconds for the search (default: 120)")  # fmt: skip
+        command.add_argument("--seed", type=int, default=42, metavar="N", help="same seed, same result (default: 42)")
+        command.add_argument("--rows", type=int, metavar="N", help="only the newest N rows")
+        command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        command.add_argument("--submit", metavar="RAY_ADDRESS",
+                             help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip
+
+    serve = commands.add_parser("serve", help="REST scoring that follows the registry's champion alias")
+    serve.add_argument("--host", metavar="HOST", help="default 127.0.0.1; any other needs an API key")
+    serve.add_argument("--port", type=int, metavar="PORT", help="default 8000; 0 takes any free one")
+    serve.add_argument("--fraud", metavar="MODEL", help="which fraud model (default: the newest champion)")
+    serve.add_argument("--recommend", metavar="MODEL", help="which recommender (default: the newest champion)")
+    serve.add_argument("--ray", action="store_true", help="scale out on Ray Serve")
+    serve.add_argument("--new-key", metavar="WHO", help="create an API key for WHO, print it once, and exit")
+
+    promote = commands.add_parser("promote", help="point an alias at a version; services follow within seconds")
+    promote.add_argument("model", metavar="MODEL")
+    promote.add_argument("version", type=int, metavar="VERSION")
+    promote.add_argument("--alias", default="champion", help="default: champion")
+    promote.add_argument("--reason", default="promoted by hand", help="kept in the audit log")
+
+    rollback = commands.add_parser("rollback", help="point champion back at the version before")
+    rollback.add_argument("model", metavar="MODEL")
+
+    models = commands.add_parser("models", help="list models, versions and aliases")
+    models.add_argument("--json", action="store_true", help="as JSON")
+
+    interface = commands.add_parser("ui", help="the MLflow page, loopback by default")
+    interface.add_argument("--host", default="127.0.0.1")
+    interface.add_argument("--port", type=int, default=5000)
+
+    commands.add_parser("doctor", help="check versions, ports, disk, GPU, Ray, store and registry")
+
+    bench = commands.add_parser("bench", help="run benchmarks/NAME.py of a checkout")
+    bench.add_argument("name", metavar="NAME")
+    bench.add_argument("--json", action="store_true", help="end with one JSON line")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `assay` command."""
+    parser = _parser()
+    call = parser.parse_args(arguments)
+    if call.version:
+        from importlib.metadata import version
+
+        print(f"assay {version('assay')}")  # noqa: T201
+        raise SystemExit(0)
+    if call.command is None:
+        parser.print_help()
+        raise SystemExit(2)
+    raise SystemExit(_guarded(call))
+
+
+def _guarded(call: argparse.Namespace) -> int:
+    from assay_platform.errors import AssayError, InputError
+
+    try:
+        from assay_pipelines import wiring
+
+        return wiring.dispatch(call)
+    except InputError as error:
+        complain(f"assay: {error}")
+        return 2
+    except AssayError as error:
+        complain(f"assay: {error}")
+        return 1
+    except KeyboardInterrupt:
+        complain("assay: stopped")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; point stdout elsewhere so that its flush at exit stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def print_json(value: object) -> None:
+    """One JSON object as the last line of stdout."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a person sees while work runs: a live bar on a terminal, plain lines elsewhere. All on stderr.
+
+Results go to stdout through `say`; progress never does, so `--json` output can be piped.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+def say(text: str = "") -> None:
+    """Print a line of the result."""
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Stage:
+    """One step under way."""
+
+    def __init__(self, task: Any, progress: Any) -> None:
+        self._task, self._progress = task, progress
+        self.note = ""
+
+    def update(self, done: float, note: str = "") -> None:
+        """done: fraction, 0 to 1. note: a few words behind the bar."""
+        self.note = note or self.note
+        if self._progress is not None:
+            self._progress.update(self._task, completed=min(1.0, done), note=self.note)
+
+
+class Reporter:
+    """Shows stages and remembers how long each took (`timings_s`)."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self.timings_s: dict[str, float] = {}
+
+    def line(self, text: str) -> None:
+        """A remark between stages."""
+        print(text, file=self._stream, flush=True)
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[Stage]:
+        """A step with a bar. name: key in `timings_s`; several stages of one name add up."""
+        started = time.perf_counter()
+        if self._live:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            console = Console(file=self._stream)
+            columns = (
+                TextColumn("{task.description:<34}"),
+                BarColumn(30),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task(text, total=1.0, note="")
+                stage = Stage(task, progress)
+                yield stage
+        else:
+            stage = Stage(None, None)
+            yield stage
+        elapsed_s = time.perf_counter() - started
+        self.timings_s[name] = self.timings_s.get(name, 0.0) + elapsed_s
+        self.line(f"{text:<34} {elapsed_s:6.1f} s  {stage.note}".rstrip())

@@ -1,0 +1,195 @@
+"""A table that a user brings → canonical `Events`, sorted by time.
+
+Every row is checked before any work starts. An error names the file, the column, the row (counted from 1,
+without the header) and what is allowed.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from assay_features.events import Events, Keys, Numbers, canonical_key, number, timestamp_us
+from assay_features.schema import FraudSchema, ItemTable, Schema
+from assay_platform.errors import DataError
+
+_TRUE, _FALSE = {"1", "true"}, {"0", "false"}
+
+
+@dataclass(frozen=True)
+class LoadedTable:
+    """A checked table. fingerprint: SHA-256 of the file, so that a run says which data it saw."""
+
+    events: Events
+    path: Path
+    fingerprint: str
+
+
+def load_table(path: Path, schema: Schema) -> LoadedTable:
+    """Read and check a CSV or Parquet file.
+
+    Raises:
+        DataError: the file cannot be read, a column is missing, or a value does not fit.
+    """
+    columns = [schema.timestamp, *schema.keys, *schema.numbers]
+    columns += [name for name in (schema.id, schema.label) if name is not None]
+    frame = _read(path, list(dict.fromkeys(columns)))
+    if frame.empty:
+        raise DataError(f"{path}: has no rows")
+    time_us = _times(frame[schema.timestamp], path)
+    keys = {name: _keys(frame[name], path) for name in schema.keys}
+    numbers = {name: _numbers(frame[name], path) for name in schema.numbers}
+    labels = ids = None
+    if isinstance(schema, FraudSchema):
+        labels = _labels(frame[schema.label], path)
+        if schema.id is not None:
+            ids = _ids(frame[schema.id], path)
+    else:
+        for name in (schema.user, schema.item):
+            _none_missing(keys[name], name, path)
+    events = Events(time_us=time_us, keys=keys, numbers=numbers, ids=ids, labels=labels)
+    order = np.argsort(time_us, kind="stable")
+    return LoadedTable(events.take(order), path, _fingerprint(path))
+
+
+def load_items(table: ItemTable, base: Path) -> dict[str, dict[str, str]]:
+    """Item id → its text and categorical columns. A relative path is relative to `base`, the schema's folder."""
+    path = Path(table.path) if Path(table.path).is_absolute() else base / table.path
+    names = list(dict.fromkeys((table.id, *table.text, *table.categorical)))
+    frame = _read(path, names)
+    ids = _keys(frame[table.id], path)
+    _none_missing(ids, table.id, path)
+    others = {name: _keys(frame[name], path) for name in names if name != table.id}
+    return {
+        str(item): {name: str(column[i]) for name, column in others.items() if column[i] is not None}
+        for i, item in enumerate(ids)
+    }
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty")
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            present = pq.read_schema(path).names
+            _require(columns, present, path)
+            parquet: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
+            return parquet
+        present = pd.read_csv(path, nrows=0).columns.tolist()
+        _require(columns, present, path)
+        # Text first: pandas' own guesses would turn '007' into 7.
+        return pd.read_csv(path, usecols=columns, dtype=str, skip_blank_lines=True)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as CSV or Parquet: {error}") from error
+
+
+def _require(columns: Sequence[str], present: Sequence[str], path: Path) -> None:
+    for name in columns:
+        if name not in present:
+            shown = ", ".join(map(str, present[:20])) + (", …" if len(present) > 20 else "")
+            raise DataError(f"{path}: has no column {name!r}, which the schema names; it has {shown}")
+
+
+def _bad(path: Path, column: str, row: int, message: str) -> DataError:
+    return DataError(f"{path}: column {column!r}, row {row + 1}: {message}")
+
+
+def _parse_unique(series: "pd.Series[Any]", path: Path, parse: Callable[[Any], Any]) -> list[Any]:
+    """`parse` every distinct value once; the first row with a bad value is named."""
+    codes, distinct = pd.factorize(series, use_na_sentinel=False)
+    parsed: list[Any] = []
+    first_bad: tuple[int, ValueError] | None = None
+    for code, value in enumerate(distinct):
+        try:
+            parsed.append(parse(None if pd.isna(value) else value))
+        except ValueError as error:
+            row = int(np.argmax(codes == code))
+            if first_bad is None or row < first_bad[0]:
+                first_bad = (row, error)
+            parsed.append(None)
+    if first_bad is not None:
+        raise _bad(path, str(series.name), first_bad[0], str(first_bad[1])) from first_bad[1]
+    return [parsed[code] for code in codes]
+
+
+def _keys(series: "pd.Series[Any]", path: Path) -> Keys:
+    out = np.empty(len(series), dtype=object)
+    out[:] = _parse_unique(series, path, canonical_key)
+    return out
+
+
+def _numbers(series: "pd.Series[Any]", path: Path) -> Numbers:
+    if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series):
+        values = series.to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        values = np.asarray(pd.to_numeric(series, errors="coerce"), dtype=np.float64)
+        unparsed = np.flatnonzero(np.isnan(values) & series.notna().to_numpy())
+        if len(unparsed):
+            # Not all that pandas rejects is wrong (a blank is missing), so our own rule decides.
+            values[unparsed] = _parse_unique(series.iloc[unparsed].astype(str), path, number)
+    infinite = np.flatnonzero(np.isinf(values))
+    if len(infinite):
+        row = int(infinite[0])
+        raise _bad(path, str(series.name), row, f"{series.iloc[row]} is not a finite number")
+    return values
+
+
+def _times(series: "pd.Series[Any]", path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    if isinstance(series.dtype, pd.DatetimeTZDtype) or pd.api.types.is_datetime64_any_dtype(series):
+        if series.isna().any():
+            raise _bad(path, str(series.name), int(series.isna().to_numpy().argmax()), "the timestamp is missing")
+        return pd.DatetimeIndex(pd.to_datetime(series, utc=True)).as_unit("us").asi8
+    return np.asarray(_parse_unique(series, path, timestamp_us), dtype=np.int64)
+
+
+def _labels(series: "pd.Series[Any]", path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def parse(value: Any) -> bool:
+        text = str(canonical_key(value)).lower()
+        if text in _TRUE or text in _FALSE:
+            return text in _TRUE
+        if value is None:
+            raise ValueError("the label is missing; allowed are 0/1 or true/false")
+        raise ValueError(f"{value!r} is not a label; allowed are 0/1 or true/false")
+
+    labels = np.asarray(_parse_unique(series, path, parse), dtype=bool)
+    if labels.all() or not labels.any():
+        only = "1" if labels.all() else "0"
+        raise DataError(f"{path}: column {series.name!r} has only the label {only}; both classes are needed")
+    return labels
+
+
+def _ids(series: "pd.Series[Any]", path: Path) -> Keys:
+    ids = _keys(series, path)
+    _none_missing(ids, str(series.name), path)
+    repeated = pd.Series(ids).duplicated().to_numpy()
+    if repeated.any():
+        row = int(repeated.argmax())
+        first = int(np.argmax(ids == ids[row]))
+        raise _bad(
+            path,
+            str(series.name),
+            row,
+            f"id {ids[row]!r} was already used in row {first + 1}; ids must be unique",
+        )
+    return ids
+
+
+def _none_missing(values: Keys, column: str, path: Path) -> None:
+    missing = np.array([value is None for value in values], dtype=bool)
+    if missing.any():
+        raise _bad(path, column, int(missing.argmax()), "the value is missing")
+
+
+def _fingerprint(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1024 * 1024):
+            digest.update(block)
+    return digest.hexdigest()

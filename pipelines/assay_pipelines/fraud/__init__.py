@@ -1,0 +1,1 @@
+"""Fraud: from a table of events to a registered, calibrated, explained model."""

@@ -1,0 +1,281 @@
+"""The fraud pipeline: table → features through Feast → search → train → calibrate → compare → gate → registry."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from assay_features.batch import features_at, final_states
+from assay_features.definitions import FeaturePlan
+from assay_features.events import Events
+from assay_features.row_features import model_columns
+from assay_features.schema import FraudSchema, Split, schema_to_dict
+from assay_platform.errors import DataError
+from assay_platform.models.artifact import read_json
+from assay_platform.models.calibration import fit_platt, threshold_at_fpr
+from assay_platform.models.fraud import FraudModel, fit_encoder
+from assay_platform.tuning.search import SearchResult
+from numpy.typing import NDArray
+
+from assay_pipelines.console import Reporter
+from assay_pipelines.datasets.table import LoadedTable, load_table
+from assay_pipelines.fraud.baseline import tree_frame, tuned_lightgbm
+from assay_pipelines.fraud.evaluate import TARGET_FPR, expected_calibration_error, fraud_metrics
+from assay_pipelines.fraud.features import default_plan, model_inputs
+from assay_pipelines.fraud.train import (
+    DEFAULTS,
+    SPACE,
+    FraudData,
+    LabelledRows,
+    as_model,
+    objective,
+    train_net,
+)
+from assay_pipelines.gate import check_candidate
+from assay_pipelines.options import RunOptions, RunReport
+from assay_pipelines.tracking import champion_metric, open_registry, register_version, run_search, tracked_run
+
+_MAX_CATEGORIES = 2000
+# A trial sees the newest rows, as many as let a few trials finish within the budget.
+_SEARCH_ROWS_A_SECOND, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS = 300, 10_000, 60_000
+_SEARCH_VALIDATION_ROWS = 20_000
+_SEARCH_EPOCHS, _FINAL_EPOCHS = 3, 6
+_METRIC = "average_precision"
+
+Rows = NDArray[np.intp]
+
+
+class Prepared:
+    """Everything known before any model is trained."""
+
+    def __init__(self, options: RunOptions, reporter: Reporter) -> None:
+        assert isinstance(options.schema, FraudSchema)
+        self.schema = options.schema
+        with reporter.stage("load", "Read and check the table") as stage:
+            self.table = load_table(options.table, self.schema)
+            events = self.table.events
+            events = events.take(slice(0, len(events) - options.num_held_back))
+            # With --rows the model sees fewer rows, but each of them keeps its whole history.
+            self.history_events = events
+            if options.max_rows is not None:
+                events = events.take(slice(max(0, len(events) - options.max_rows), None))
+            self.events = events
+            stage.update(1.0, f"{len(events):,} rows")
+        self.plan = default_plan(self.schema)
+        self.train, self.validation, self.test = time_split(events, self.schema.split, self.table)
+        self.columns = self._columns(options, reporter)
+        self.numeric, self.categorical = model_inputs(self.schema, self.plan)
+        with reporter.stage("features", "Encode"):
+            assert events.labels is not None
+            self.labels: NDArray[np.bool_] = events.labels
+            encoder, edges = fit_encoder(
+                {name: np.asarray(column)[self.train] for name, column in self.columns.items()},
+                numeric=self.numeric,
+                categorical=self.categorical,
+                num_bins=int(DEFAULTS["num_bins"]),
+                max_categories=_MAX_CATEGORIES,
+            )
+            self.rows = LabelledRows(encoder.apply(self.columns), torch.from_numpy(self.labels.astype(np.float32)))
+            self.data = FraudData(
+                encoder=encoder,
+                edges=edges,
+                train=self.rows.take(torch.from_numpy(self.train)),
+                validation=self.rows.take(torch.from_numpy(self.validation)),
+            )
+
+    def _columns(self, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
+        # Feast takes seconds to import, so it is imported where it is used.
+        with reporter.stage("features", "Compute features") as stage:
+            values = features_at(self.plan, self.history_events, self.events)
+            states = {entity: final_states(self.plan, entity, self.history_events) for entity in self.plan.entities}
+            stage.update(1.0, f"{len(values)} features, plan {self.plan.version}")
+        with reporter.stage("features", "Publish to Feast, retrieve") as stage:
+            from assay_features.feast.repository import FeatureRepository, value_frames
+
+            repository = FeatureRepository(options.feature_repository, feast_project(options.model_name))
+            repository.publish(self.plan, value_frames(self.plan, self.events, values), states)
+            history = repository.training_features(self.plan, self.events)
+            num_keys = sum(len(s.keys) for s in states.values())
+            stage.update(1.0, f"{num_keys:,} keys online")
+        return model_columns(self.plan, self.events, history)
+
+    def search_data(self, budget_s: float) -> FraudData:
+        """A sample for trials: the newest training rows, the newest validation rows."""
+        train, validation = self.data.train, self.data.validation
+        wanted = int(np.clip(_SEARCH_ROWS_A_SECOND * budget_s, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS))
+        newest = slice(max(0, len(train) - wanted), None)
+        newest_held = slice(max(0, len(validation) - _SEARCH_VALIDATION_ROWS), None)
+        return FraudData(
+            encoder=self.data.encoder,
+            edges=self.data.edges,
+            train=LabelledRows(train.rows.rows(newest), train.labels[newest]),
+            validation=LabelledRows(validation.rows.rows(newest_held), validation.labels[newest_held]),
+        )
+
+
+def feast_project(model_name: str) -> str:
+    """Feast allows letters, digits and underscores."""
+    return "".join(c if c.isalnum() else "_" for c in model_name)
+
+
+def time_split(events: Events, split: Split, table: LoadedTable) -> tuple[Rows, Rows, Rows]:
+    """Row numbers of the three parts in order of time.
+
+    Raises:
+        DataError: a part has no rows of one class.
+    """
+    num_rows = len(events)
+    bounds = [0, int(num_rows * split.train), int(num_rows * (split.train + split.validation)), num_rows]
+    parts = [np.arange(a, b) for a, b in pairwise(bounds)]
+    assert events.labels is not None
+    for name, rows in zip(("train", "validation", "test"), parts, strict=True):
+        positives = int(events.labels[rows].sum())
+        if positives == 0 or positives == len(rows):
+            raise DataError(
+                f"{table.path}: split by time, the {name} part has {len(rows)} rows of which {positives} are "
+                "positive; every part needs both classes. Bring more rows or change [split]."
+            )
+    return parts[0], parts[1], parts[2]
+
+
+def tune_fraud(options: RunOptions, reporter: Reporter) -> SearchResult:
+    """Search only."""
+    prepared = Prepared(options, reporter)
+    with tracked_run(
+        options, reporter, fingerprint=prepared.table.fingerprint, plan_version=prepared.plan.version
+    ) as run:
+        return _search(options, reporter, run, prepared)
+
+
+def _search(options: RunOptions, reporter: Reporter, run: Any, prepared: Prepared) -> SearchResult:
+    return run_search(
+        options,
+        reporter,
+        run,
+        objective=objective,
+        data=prepared.search_data(options.budget_s),
+        space=SPACE,
+        defaults={**DEFAULTS, "num_epochs": _SEARCH_EPOCHS, "seed": options.seed},
+        max_epochs=_SEARCH_EPOCHS,
+    )
+
+
+def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
+    """The whole pipeline, through to a registered version."""
+    prepared = Prepared(options, reporter)
+    fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}"
+    with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
+        found = _search(options, reporter, run, prepared)
+        with reporter.stage("train", "Train the MoE model") as stage:
+            net, fitted = train_net(
+                found.best,
+                prepared.data,
+                num_epochs=_FINAL_EPOCHS,
+                seed=options.seed,
+                on_epoch=lambda epoch, metric: stage.update(epoch / _FINAL_EPOCHS, f"validation AP {metric:.3f}"),
+            )
+            stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
+        run.log_steps("validation.average_precision", fitted.history)
+        model, validation_ece = _calibrated(as_model(net, found.best, prepared.data), prepared)
+        with reporter.stage("evaluate", "Score the test period"):
+            probability = model.score(prepared.rows.rows.rows(_slice(prepared.test))).probability
+            metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.threshold)
+        with reporter.stage("baseline", "Tune and train LightGBM") as stage:
+            baseline = tuned_lightgbm(
+                tree_frame(prepared.columns, prepared.numeric, prepared.categorical, prepared.train),
+                (*prepared.schema.numeric, *prepared.schema.categorical),
+                prepared.labels,
+                train=prepared.train,
+                validation=prepared.validation,
+                test=prepared.test,
+                seed=options.seed,
+                on_progress=stage.update,
+            )
+        run.log(params={f"lightgbm.{name}": value for name, value in baseline.chosen.items()})
+        registry = open_registry(options.config)
+        champion, champion_version = champion_metric(
+            options,
+            registry,
+            fingerprint=fingerprint,
+            measure=lambda folder: _validation_ap(folder, prepared),
+            reporter=reporter,
+        )
+        baselines = {"lightgbm": baseline.metrics}
+        gate = check_candidate(
+            metric=_METRIC,
+            candidate=fitted.best_metric,
+            champion=champion,
+            champion_version=champion_version,
+            baselines=baselines,
+            expected_baselines=("lightgbm",),
+            calibration_error=validation_ece,
+        )
+        companions = {
+            "features": {
+                "schema": schema_to_dict(prepared.schema),
+                "plan": prepared.plan.to_dict(),
+                "repository": options.model_name,
+            }
+        }
+        number, alias = register_version(
+            options,
+            reporter,
+            run,
+            registry,
+            save=lambda folder: model.save(folder, companions),
+            signature=_signature(prepared),
+            gate=gate,
+            metrics={**metrics, "validation_ece": validation_ece, "num_parameters": model.num_parameters},
+            baselines=baselines,
+        )
+    return RunReport(
+        application="fraud",
+        data=options.data,
+        rows=len(prepared.events),
+        model_name=options.model_name,
+        version=number,
+        alias=alias,
+        gate=gate.summary,
+        metrics=metrics,
+        baselines=baselines,
+        timings_s=reporter.timings_s,
+        mlflow_run_id=run.run_id,
+    )
+
+
+def _slice(rows: Rows) -> slice:
+    return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
+def _calibrated(model: FraudModel, prepared: Prepared) -> tuple[FraudModel, float]:
+    """Calibrate on validation and put the threshold where it flags 0.3 % of its legitimate rows."""
+    logits = model.logits(prepared.rows.rows.rows(_slice(prepared.validation)))
+    labels = prepared.labels[prepared.validation]
+    calibration = fit_platt(logits, labels)
+    probability = calibration.probability(logits)
+    threshold = threshold_at_fpr(probability, labels, TARGET_FPR)
+    return model.calibrated(calibration, threshold, TARGET_FPR), expected_calibration_error(probability, labels)
+
+
+def _validation_ap(folder: Path, prepared: Prepared) -> float:
+    """A registered model on the current validation rows, with the features that it was trained on."""
+    from sklearn.metrics import average_precision_score
+
+    model = FraudModel.load(folder)
+    plan = FeaturePlan.from_dict(read_json(folder, "features")["plan"])
+    if plan == prepared.plan:
+        columns = prepared.columns
+    else:
+        columns = model_columns(plan, prepared.events, features_at(plan, prepared.history_events, prepared.events))
+    held = {name: np.asarray(columns[name])[prepared.validation] for name in model.feature_names if name in columns}
+    return float(average_precision_score(prepared.labels[prepared.validation], model.logits(model.encode(held))))
+
+
+def _signature(prepared: Prepared) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    inputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.double, name, required=False) for name in prepared.numeric]
+    inputs += [ColSpec(DataType.string, name, required=False) for name in prepared.categorical]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema([ColSpec(DataType.double, "probability")]))

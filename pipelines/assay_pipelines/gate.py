@@ -1,0 +1,32 @@
+"""The gate of promotion: what a candidate has to show before it may serve."""
+
+from collections.abc import Mapping
+
+from assay_platform.tracking import GateReport
+
+MAX_ECE = 0.02
+
+
+def check_candidate(
+    *,
+    metric: str,
+    candidate: float,
+    champion: float | None,
+    champion_version: int | None,
+    baselines: Mapping[str, Mapping[str, float]],
+    expected_baselines: tuple[str, ...],
+    calibration_error: float | None = None,
+) -> GateReport:
+    """Build the report. calibration_error: ECE on validation, for models that answer with probabilities."""
+    failed = [f"no {name} baseline was measured" for name in expected_baselines if not baselines.get(name)]
+    if calibration_error is not None and not calibration_error <= MAX_ECE:
+        failed.append(f"not calibrated: validation ECE {calibration_error:.4f} is above {MAX_ECE}")
+    if not candidate > 0:
+        failed.append(f"validation {metric} is {candidate:.4f}")
+    return GateReport(
+        metric=metric,
+        candidate=candidate,
+        champion=champion,
+        champion_version=champion_version,
+        failed=tuple(failed),
+    )

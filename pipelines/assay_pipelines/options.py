@@ -1,0 +1,76 @@
+"""What both applications are run with, and what they report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from assay_features.schema import Schema
+from assay_platform.config import Config
+from assay_platform.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """One run of a pipeline.
+
+    data: name of the data set or path, as the user gave it. budget_s: seconds for the search. max_trials: an
+    upper limit besides. num_held_back: newest rows that the run must not see at all (the demo replays them).
+    """
+
+    config: Config
+    application: str
+    data: str
+    table: Path
+    schema: Schema
+    schema_folder: Path
+    model_name: str
+    seed: int = 42
+    budget_s: float = 120.0
+    max_trials: int = 30
+    max_rows: int | None = None
+    num_held_back: int = 0
+    refit_on_all: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.budget_s > 0:
+            raise ConfigError(f"--budget is {self.budget_s}; it must be above 0 seconds")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"--seed is {self.seed}; allowed are 0 to {2**31 - 1}")
+
+    @property
+    def feature_repository(self) -> Path:
+        """Folder of the model's Feast repository."""
+        return self.config.paths.feature_repositories / self.model_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What a run came to; `to_dict` is the object that `--json` prints."""
+
+    application: str
+    data: str
+    rows: int
+    model_name: str
+    version: int
+    alias: str
+    gate: str
+    metrics: Mapping[str, float]
+    baselines: Mapping[str, Mapping[str, float]]
+    timings_s: Mapping[str, float]
+    mlflow_run_id: str
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as the contract has it."""
+        return {
+            "application": self.application,
+            "data": self.data,
+            "rows": self.rows,
+            "model": {"name": self.model_name, "version": self.version, "alias": self.alias},
+            "gate": self.gate,
+            "metrics": dict(self.metrics),
+            "baselines": {name: dict(values) for name, values in self.baselines.items()},
+            "timings_s": {name: round(value, 2) for name, value in self.timings_s.items()},
+            "mlflow_run_id": self.mlflow_run_id,
+        }

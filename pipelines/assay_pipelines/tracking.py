@@ -1,0 +1,166 @@
+"""Steps around a run that both applications share: its MLflow run, the search, registration behind the gate."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from assay_platform.config import Config
+from assay_platform.errors import ArtifactError, RegistryError
+from assay_platform.tasks.cluster import ray_cluster
+from assay_platform.tracking import CHALLENGER, CHAMPION, AuditLog, GateReport, ModelRegistry, RunLog
+from assay_platform.tuning.search import Objective, SearchBudget, SearchResult, TrialResult, search
+from assay_platform.tuning.space import Space
+
+from assay_pipelines.console import Reporter
+from assay_pipelines.options import RunOptions
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+
+def open_registry(config: Config) -> ModelRegistry:
+    """The registry of this deployment."""
+    return ModelRegistry(config.tracking_uri, AuditLog(config.paths.audit_log))
+
+
+@contextmanager
+def tracked_run(options: RunOptions, reporter: Reporter, *, fingerprint: str, plan_version: str) -> Iterator[RunLog]:
+    """An MLflow run that says which code, data and features it is about."""
+    with reporter.stage("track", "Open MLflow"):
+        log = RunLog(options.config.tracking_uri, options.config.paths.home / "artifacts")
+    tags = {
+        "assay.application": options.application,
+        "assay.data": options.data,
+        "assay.data_sha256": fingerprint,
+        "assay.feature_plan": plan_version,
+        "mlflow.runName": options.model_name,
+        "mlflow.source.git.commit": _code_version(),
+    }
+    with log.run(f"assay-{options.application}", tags) as run:
+        run.log(params={"seed": options.seed, "budget_s": options.budget_s, "code_version": _code_version()})
+        yield run
+
+
+def run_search(
+    options: RunOptions,
+    reporter: Reporter,
+    run: RunLog,
+    *,
+    objective: Objective,
+    data: Any,
+    space: Space,
+    defaults: Mapping[str, Any],
+    max_epochs: int,
+) -> SearchResult:
+    """Search on Ray within the budget; every trial becomes a child run."""
+    with reporter.stage("ray", "Start Ray"):
+        cluster = ray_cluster()
+        cluster.__enter__()
+    try:
+        with reporter.stage("tune", "Search (Bayesian, early stopping)") as stage:
+            best, count = -1.0, 0
+
+            def on_trial(trial: TrialResult) -> None:
+                nonlocal best, count
+                best, count = max(best, trial.metric), count + 1
+                varied = {name: trial.params[name] for name in space}
+                run.log_trial(f"trial-{count}", varied, {"metric": trial.metric, "epochs": trial.epochs}, ok=trial.ok)
+                stage.update(count / options.max_trials, f"{count} trials, best {best:.4f}")
+
+            budget = SearchBudget(num_trials=options.max_trials, time_s=options.budget_s, max_epochs=max_epochs)
+            result = search(
+                objective,
+                data=data,
+                space=space,
+                defaults=defaults,
+                budget=budget,
+                seed=options.seed,
+                on_trial=on_trial,
+            )
+    finally:
+        cluster.__exit__(None, None, None)
+    run.log(params={f"best.{name}": result.best[name] for name in space}, metrics={"search_best": result.metric})
+    return result
+
+
+def champion_metric(
+    options: RunOptions,
+    registry: ModelRegistry,
+    *,
+    fingerprint: str,
+    measure: Callable[[Path], float],
+    reporter: Reporter,
+) -> tuple[float | None, int | None]:
+    """The champion's validation metric on the current validation rows, and its version.
+
+    A champion that was trained on the same data with the same split is compared by its recorded metric: its
+    final fit may have seen the validation rows. Any other is measured anew.
+    """
+    version_number = registry.version_of(options.model_name, CHAMPION)
+    if version_number is None:
+        return None, None
+    try:
+        recorded = registry.recorded_validation(options.model_name, version_number, fingerprint)
+        if recorded is not None:
+            return recorded, version_number
+        return measure(registry.download(options.model_name, version_number)), version_number
+    except (ArtifactError, RegistryError) as error:
+        reporter.line(f"champion version {version_number} cannot be compared: {error}")
+        return None, version_number
+
+
+def register_version(
+    options: RunOptions,
+    reporter: Reporter,
+    run: RunLog,
+    registry: ModelRegistry,
+    *,
+    save: Callable[[Path], None],
+    signature: "ModelSignature",
+    gate: GateReport,
+    metrics: Mapping[str, float],
+    baselines: Mapping[str, Mapping[str, float]],
+) -> tuple[int, str]:
+    """Register a version; it becomes champion if the gate passed, else challenger. Returns (version, alias)."""
+    with reporter.stage("register", "Register in MLflow") as stage:
+        run.log(metrics={f"test.{name}": value for name, value in metrics.items()})
+        for baseline, values in baselines.items():
+            run.log(metrics={f"{baseline}.{name}": value for name, value in values.items()})
+        with tempfile.TemporaryDirectory(prefix="assay-artifact-") as scratch:
+            folder = Path(scratch) / "assay-model"
+            folder.mkdir()
+            save(folder)
+            number = registry.register(
+                options.model_name,
+                application=options.application,
+                run_id=run.run_id,
+                folder=folder,
+                signature=signature,
+                gate=gate,
+                metrics=metrics,
+                requirements=_requirements(),
+            )
+        if gate.passed:
+            registry.promote(options.model_name, number, reason="gate passed")
+            alias = CHAMPION
+        else:
+            registry.challenge(options.model_name, number)
+            alias = CHALLENGER
+        stage.update(1.0, f"{options.model_name} version {number}, {alias}")
+    return number, alias
+
+
+def _requirements() -> Sequence[str]:
+    return [f"{name}=={version(name)}" for name in ("assay", "torch", "safetensors", "numpy", "scipy")]
+
+
+def _code_version() -> str:
+    """The commit of the checkout that runs, or the installed version."""
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else f"assay {version('assay')}"

@@ -1,0 +1,302 @@
+"""The composition root: what each `assay` command is made of. One function a command."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from assay_features.schema import FraudSchema, RecommendSchema, Schema, read_schema
+from assay_platform.config import Config, load_config
+from assay_platform.errors import InputError, WorkError
+
+from assay_pipelines.console import Reporter, complain, say
+from assay_pipelines.options import RunOptions, RunReport
+
+
+def dispatch(call: argparse.Namespace) -> int:
+    """Run one parsed command; returns the exit code."""
+    config = load_config()
+    commands: dict[str, Callable[[argparse.Namespace, Config], int]] = {
+        "demo": _demo,
+        "data": _data,
+        "run": _run,
+        "tune": _tune,
+        "serve": _serve,
+        "promote": _promote,
+        "rollback": _rollback,
+        "models": _models,
+        "ui": _ui,
+        "doctor": _doctor,
+        "bench": _bench,
+    }
+    return commands[call.command](call, config)
+
+
+def _data(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines.datasets import CATALOGUE, get_dataset
+
+    reporter = Reporter()
+    if call.name in CATALOGUE:
+        with reporter.stage("data", f"Get {call.name}"):
+            folder = get_dataset(call.name, config.paths.data, source=call.source)
+    else:
+        folder = get_dataset(call.name, config.paths.data)  # raises: the name is unknown
+    dataset = CATALOGUE[call.name]
+    say(f"{call.name}: {dataset.summary}")
+    say(f"licence: {dataset.licence}")
+    say(f"files: {folder}")
+    return 0
+
+
+def make_options(
+    config: Config,
+    application: str,
+    data: str,
+    *,
+    schema_file: Path | None = None,
+    name: str | None = None,
+    reporter: Reporter,
+) -> RunOptions:
+    """Resolve a data set's name, or a file with its schema.
+
+    Raises:
+        InputError: the name is unknown, or a file comes without a schema, or the schema is of the other kind.
+    """
+    from assay_pipelines.datasets import CATALOGUE, get_dataset
+
+    if data in CATALOGUE:
+        with reporter.stage("data", f"Get {data}"):
+            folder = get_dataset(data, config.paths.data)
+        reporter.line(f"licence: {CATALOGUE[data].licence}")
+        table, schema_folder = folder / "events.parquet", folder
+        schema: Schema = read_schema(schema_file) if schema_file else CATALOGUE[data].schema(folder)
+    else:
+        table = Path(data)
+        if not table.is_file():
+            raise InputError(f"--data {data!r} is neither a file nor a data set; known are {', '.join(CATALOGUE)}")
+        if schema_file is None:
+            raise InputError(f"--data {data} is a file, so --schema FILE.toml is needed; the README shows one")
+        schema, schema_folder = read_schema(schema_file), schema_file.resolve().parent
+    wanted = FraudSchema if application == "fraud" else RecommendSchema
+    if not isinstance(schema, wanted):
+        raise InputError(f"{schema_file or data}: kind = {schema.kind!r}, but the command is for {application!r}")
+    stem = data if data in CATALOGUE else table.stem
+    model_name = name or f"{application}-{_slug(stem)}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model_name):
+        raise InputError(f"--name {model_name!r}: use letters, digits, '-', '_' and '.', at most 100")
+    return RunOptions(
+        config=config,
+        application=application,
+        data=data,
+        table=table,
+        schema=schema,
+        schema_folder=schema_folder,
+        model_name=model_name,
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "table"
+
+
+def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> RunOptions:
+    if call.rows is not None and call.rows < 1:
+        raise InputError(f"--rows is {call.rows}; it must be at least 1")
+    options = make_options(
+        config, call.application, call.data, schema_file=call.schema, name=call.name, reporter=reporter
+    )
+    return replace(options, seed=call.seed, budget_s=call.budget, max_rows=call.rows)
+
+
+def run_application(options: RunOptions, reporter: Reporter) -> RunReport:
+    """The pipeline of an application."""
+    if options.application == "fraud":
+        from assay_pipelines.fraud.pipeline import run_fraud
+
+        return run_fraud(options, reporter)
+    from assay_pipelines.recommend.pipeline import run_recommend
+
+    return run_recommend(options, reporter)
+
+
+def _run(call: argparse.Namespace, config: Config) -> int:
+    if call.submit:
+        return _submit(call, config)
+    reporter = Reporter()
+    report = run_application(_options(call, config, reporter), reporter)
+    show_report(report)
+    if call.json:
+        say(json.dumps(report.to_dict()))
+    return 0
+
+
+def _tune(call: argparse.Namespace, config: Config) -> int:
+    if call.submit:
+        return _submit(call, config)
+    reporter = Reporter()
+    options = _options(call, config, reporter)
+    if options.application == "fraud":
+        from assay_pipelines.fraud.pipeline import tune_fraud as tune
+    else:
+        from assay_pipelines.recommend.pipeline import tune_recommend as tune
+    result = tune(options, reporter)
+    best = {name: value for name, value in result.best.items() if name not in ("seed", "num_epochs")}
+    say(f"best of {len(result.trials)} trials: validation metric {result.metric:.4f}")
+    for name, value in best.items():
+        say(f"  {name} = {value}")
+    if call.json:
+        say(json.dumps({"application": options.application, "data": options.data, "metric": result.metric,
+                        "trials": len(result.trials), "best": best}))  # fmt: skip
+    return 0
+
+
+def show_report(report: RunReport) -> None:
+    """Metrics beside the baselines, as a table."""
+    names = [n for n in report.metrics if all(n in b for b in report.baselines.values())]
+    say()
+    say(f"{report.model_name} version {report.version} is {report.alias}: {report.gate}")
+    header = f"{'test metric':<26}{'ours':>10}" + "".join(f"{name:>14}" for name in report.baselines)
+    say(header)
+    for name in names:
+        cells = "".join(f"{baseline[name]:>14.4f}" for baseline in report.baselines.values())
+        say(f"{name:<26}{report.metrics[name]:>10.4f}{cells}")
+    say()
+
+
+def _submit(call: argparse.Namespace, config: Config) -> int:
+    """Send the same command as a Ray job. Files travel with it; state stays where ASSAY_HOME points."""
+    from assay_platform.tasks.jobs import submit_and_follow
+
+    from assay_pipelines.datasets import CATALOGUE
+
+    command = [sys.executable, "-m", "assay_pipelines.cli", call.command, call.application,
+               "--budget", str(call.budget), "--seed", str(call.seed)]  # fmt: skip
+    command += ["--name", call.name] if call.name else []
+    command += ["--rows", str(call.rows)] if call.rows else []
+    command += ["--json"] if call.json else []
+    with tempfile.TemporaryDirectory(prefix="assay-job-") as scratch:
+        folder = Path(scratch)
+        if call.data in CATALOGUE:
+            command += ["--data", call.data]
+        else:
+            # Fails here, before anything is sent, if the file or its schema is wrong.
+            options = _options(call, config, Reporter())
+            shutil.copyfile(options.table, folder / options.table.name)
+            shutil.copyfile(call.schema, folder / call.schema.name)
+            command += ["--data", options.table.name, "--schema", call.schema.name]
+            items = getattr(options.schema, "items", None)
+            if items is not None:
+                shutil.copyfile(options.schema_folder / items.path, folder / Path(items.path).name)
+        environment = {
+            "ASSAY_HOME": str(config.paths.home.resolve()),
+            "XDG_CACHE_HOME": str(config.paths.cache.parent),
+        }
+        job_id = submit_and_follow(
+            call.submit,
+            command,
+            environment=environment,
+            working_dir=folder if any(folder.iterdir()) else None,
+            write=lambda lines: print(lines, end="", flush=True),  # noqa: T201 - the job's own output
+        )
+    complain(f"job {job_id} succeeded")
+    return 0
+
+
+def _serve(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 - services read the settings themselves
+    """Replace this process by the service, so that signals reach it directly."""
+    arguments = [sys.executable, "-m", "assay_services"]
+    for flag in ("host", "port", "fraud", "recommend", "new_key"):
+        value = getattr(call, flag)
+        if value is not None:
+            arguments += [f"--{flag.replace('_', '-')}", str(value)]
+    if call.ray:
+        arguments.append("--ray")
+    sys.stdout.flush()
+    os.execv(sys.executable, arguments)  # noqa: S606 - our own interpreter and module
+
+
+def _promote(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines.tracking import open_registry
+
+    gate = open_registry(config).promote(call.model, call.version, alias=call.alias, reason=call.reason)
+    say(f"{call.model} version {call.version} is now {call.alias}")
+    if gate.better_than_champion is False:
+        complain(f"note: at its registration this version was {gate.summary}")
+    return 0
+
+
+def _rollback(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines.tracking import open_registry
+
+    before, after = open_registry(config).rollback(call.model)
+    say(f"{call.model}: champion went back from version {before} to version {after}")
+    return 0
+
+
+def _models(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines.tracking import open_registry
+
+    rows = open_registry(config).versions()
+    if call.json:
+        say(json.dumps([row._asdict() for row in rows]))
+        return 0
+    if not rows:
+        say("the registry is empty; `assay run` or `assay demo` fills it")
+        return 0
+    say(f"{'model':<32}{'version':>8}  {'alias':<20}{'application':<12}metric")
+    for row in rows:
+        key = "average_precision" if row.application == "fraud" else "ndcg_at_10"
+        shown = f"{key} {row.metrics[key]:.4f}" if key in row.metrics else ""
+        say(f"{row.name:<32}{row.version:>8}  {', '.join(row.aliases):<20}{row.application:<12}{shown}")
+    return 0
+
+
+def _ui(call: argparse.Namespace, config: Config) -> int:
+    """MLflow's own page over our store."""
+    from assay_platform.tracking.client import configure_mlflow
+
+    configure_mlflow()
+    config.paths.home.mkdir(parents=True, exist_ok=True)
+    say(f"MLflow on http://{call.host}:{call.port}  (Ctrl-C stops it)")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", call.host, "--port", str(call.port),
+               "--backend-store-uri", config.tracking_uri,
+               "--default-artifact-root", (config.paths.home / "artifacts").as_uri(), "--workers", "1"]  # fmt: skip
+    server = subprocess.Popen(command)
+    try:
+        code = server.wait()
+    except KeyboardInterrupt:
+        server.terminate()
+        server.wait(timeout=10)
+        return 0
+    if code != 0:
+        raise WorkError(f"the MLflow server ended with exit code {code}; is port {call.port} taken?")
+    return 0
+
+
+def _doctor(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
+    from assay_pipelines.doctor import examine
+
+    return examine(config)
+
+
+def _demo(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines.demo import run_demo
+
+    return run_demo(config, keep=call.keep, port=call.port)
+
+
+def _bench(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
+    root = Path(__file__).resolve().parents[2] / "benchmarks"
+    names = sorted(path.stem for path in root.glob("*.py"))
+    if call.name not in names:
+        known = ", ".join(names) or f"none: benchmarks belong to a checkout, and {root} is not there"
+        raise InputError(f"unknown benchmark {call.name!r}; known are {known}")
+    command = [sys.executable, str(root / f"{call.name}.py"), *(["--json"] if call.json else [])]
+    return subprocess.run(command, check=False).returncode

@@ -1,0 +1,132 @@
+"""Deployment settings: `assay.toml` → frozen dataclasses.
+
+Looked up in this order: the file that ASSAY_CONFIG names, `./assay.toml`, the defaults. ASSAY_HOME overrides
+where state lives. Variants of a *model* are Python values and live beside the model, not here.
+"""
+
+import os
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from assay_platform.errors import ConfigError
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / fallback)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """Where Assay keeps its files.
+
+    home: registry, MLflow runs, feature repositories, audit log. Losing it loses history.
+    cache: downloaded data, converted once. Safe to delete.
+    """
+
+    home: Path = field(
+        default_factory=lambda: Path(os.environ.get("ASSAY_HOME") or _xdg("XDG_DATA_HOME", ".local/share") / "assay")
+    )
+    cache: Path = field(default_factory=lambda: _xdg("XDG_CACHE_HOME", ".cache") / "assay")
+
+    @property
+    def data(self) -> Path:
+        """Downloaded data sets as Parquet."""
+        return self.cache / "data"
+
+    @property
+    def feature_repositories(self) -> Path:
+        """One Feast repository a model name."""
+        return self.home / "feast"
+
+    @property
+    def audit_log(self) -> Path:
+        """Append-only log of promotions and rollbacks."""
+        return self.home / "audit.jsonl"
+
+    @property
+    def api_keys(self) -> Path:
+        """Hashed API keys of the scoring service."""
+        return self.home / "api_keys.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """MLflow: an empty URI means SQLite and plain files under the home folder."""
+
+    uri: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Limits of the scoring service."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_batch: int = 1000
+    max_requests_per_s: float = 2000.0
+    poll_registry_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"service.port is {self.port}; allowed are 0 (any free port) to 65535")
+        for name in ("max_body_bytes", "max_batch", "max_requests_per_s", "poll_registry_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"service.{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of one deployment."""
+
+    paths: Paths = field(default_factory=Paths)
+    tracking: Tracking = field(default_factory=Tracking)
+    service: Service = field(default_factory=Service)
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow tracking and registry URI."""
+        return self.tracking.uri or f"sqlite:///{self.paths.home / 'mlflow.db'}"
+
+
+_SECTIONS: dict[str, type[Any]] = {"paths": Paths, "tracking": Tracking, "service": Service}
+
+
+def load_config(path: Path | None = None) -> Config:
+    """Read the settings; without a file every setting has its default.
+
+    Raises:
+        ConfigError: the named file is missing, is no TOML, or has an unknown or ill-typed setting.
+    """
+    named = path or (Path(os.environ["ASSAY_CONFIG"]) if os.environ.get("ASSAY_CONFIG") else None)
+    if named is None and not Path("assay.toml").is_file():
+        return Config()
+    file = named or Path("assay.toml")
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: is not valid TOML: {error}") from error
+    sections: dict[str, Any] = {}
+    for name, table in document.items():
+        if name not in _SECTIONS or not isinstance(table, dict):
+            raise ConfigError(f"{file}: unknown section [{name}]; allowed are {', '.join(_SECTIONS)}")
+        sections[name] = _section(file, name, table)
+    return Config(**sections)
+
+
+def _section(file: Path, name: str, table: dict[str, Any]) -> object:
+    kinds = {f.name: type(getattr(_SECTIONS[name](), f.name)) for f in fields(_SECTIONS[name])}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in kinds:
+            raise ConfigError(f"{file}: unknown setting {name}.{key}; allowed are {', '.join(kinds)}")
+        kind = kinds[key]
+        wanted: tuple[type, ...] = (int, float) if kind is float else (str,) if issubclass(kind, Path) else (kind,)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            raise ConfigError(f"{file}: {name}.{key} is {value!r}; expected {wanted[0].__name__}")
+        values[key] = Path(str(value)).expanduser() if issubclass(kind, Path) else kind(value)
+    return _SECTIONS[name](**values)

@@ -1,0 +1,70 @@
+"""The backbone: a projection, then residual blocks of LayerNorm → MoE layer → dropout.
+
+The fraud model and the recommender both use this module as it is; they differ in what they feed it and in
+the head they put on top.
+"""
+
+# N rows, D model width, I input width
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from assay_platform.errors import ConfigError
+from assay_platform.moe.layer import MoELayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Shape of a backbone. `hidden` is the width inside one expert."""
+
+    width: int = 128
+    hidden: int = 128
+    num_blocks: int = 2
+    num_experts: int = 8
+    top_k: int = 2
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "hidden", "num_blocks", "num_experts", "top_k"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"backbone.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"backbone.top_k is {self.top_k}; it must not be above num_experts ({self.num_experts})")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"backbone.dropout is {self.dropout}; allowed is 0 up to below 1")
+
+
+class BackboneOutput(NamedTuple):
+    """Result of one batch."""
+
+    y_ND: Tensor
+    balance_loss: Tensor  # scalar, mean over blocks
+    load_LE: Tensor  # (blocks, E) fraction of choices an expert got
+
+
+class Backbone(nn.Module):
+    """(N, I) → (N, D)."""
+
+    def __init__(self, input_width: int, config: BackboneConfig) -> None:
+        super().__init__()
+        self.project = nn.Linear(input_width, config.width)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(config.num_blocks))
+        self.layers = nn.ModuleList(
+            MoELayer(config.width, config.hidden, config.num_experts, config.top_k) for _ in range(config.num_blocks)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.final_norm = nn.LayerNorm(config.width)
+
+    def forward(self, x_NI: Tensor) -> BackboneOutput:
+        """Run a batch."""
+        h_ND = self.project(x_NI)
+        losses, loads = [], []
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            out = layer(norm(h_ND))
+            h_ND = h_ND + self.dropout(out.y_ND)
+            losses.append(out.balance_loss)
+            loads.append(out.load_E)
+        return BackboneOutput(self.final_norm(h_ND), torch.stack(losses).mean(), torch.stack(loads))

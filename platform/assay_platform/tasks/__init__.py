@@ -1,0 +1,1 @@
+"""Ray: a local cluster for one command, or an attached one; submitted jobs."""

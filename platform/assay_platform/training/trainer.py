@@ -1,0 +1,104 @@
+"""One loop for every model: AdamW, warm-up then cosine, gradient clipping, early stopping on validation.
+
+The loop knows nothing of the model: it gets batches, a loss and an evaluation as functions. The best weights
+by validation are restored at the end.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from assay_platform.errors import ConfigError
+
+Batch = TypeVar("Batch")
+
+
+class StopTraining(Exception):  # noqa: N818 - a signal, as StopIteration is
+    """Raised by `on_epoch` to end training early; the best weights so far are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how fast. `patience` counts epochs without a better validation metric."""
+
+    num_epochs: int = 10
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.1
+    clip_norm: float = 1.0
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1 or self.patience < 1:
+            raise ConfigError(f"num_epochs {self.num_epochs} and patience {self.patience} must be at least 1")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0")
+
+
+class FitResult(NamedTuple):
+    """What a training came to."""
+
+    best_metric: float
+    best_epoch: int  # from 1
+    history: list[float]  # validation metric of each epoch
+
+
+def _learning_rate_scale(step: int, num_steps: int, warmup_fraction: float) -> float:
+    warmup = max(1, int(num_steps * warmup_fraction))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def fit(
+    module: nn.Module,
+    *,
+    batches: Callable[[int], Iterable[Batch]],
+    num_batches: int,
+    loss: Callable[[Batch], Tensor],
+    evaluate: Callable[[], float] | None,
+    config: TrainConfig,
+    on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
+) -> FitResult:
+    """Train `module` in place and leave it with its best weights.
+
+    batches: epoch → batches. num_batches: how many of them an epoch has, for the schedule. evaluate: validation
+    metric, higher is better; without one the last weights stay and the metric is the epoch's number. on_epoch:
+    called with (epoch from 1, metric); may raise StopTraining.
+    """
+    decayed = [p for p in module.parameters() if p.ndim > 1]
+    plain = [p for p in module.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    num_steps = config.num_epochs * num_batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _learning_rate_scale(step, num_steps, config.warmup_fraction)
+    )
+    best_metric, best_epoch, history = -math.inf, 0, []
+    best_state: dict[str, Any] = {}
+    for epoch in range(1, config.num_epochs + 1):
+        module.train()
+        for batch in batches(epoch):
+            optimizer.zero_grad(set_to_none=True)
+            loss(batch).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+            optimizer.step()
+            schedule.step()
+        module.eval()
+        metric = float(epoch) if evaluate is None else evaluate()
+        history.append(metric)
+        if metric > best_metric or not best_state:
+            best_metric, best_epoch = metric, epoch
+            best_state = {name: value.clone() for name, value in module.state_dict().items()}
+        try:
+            on_epoch(epoch, metric)
+        except StopTraining:
+            break
+        if epoch - best_epoch >= config.patience:
+            break
+    module.load_state_dict(best_state)
+    return FitResult(best_metric, best_epoch, history)

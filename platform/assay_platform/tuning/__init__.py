@@ -1,0 +1,1 @@
+"""Bayesian search over declared spaces on Ray Tune."""

@@ -1,0 +1,1 @@
+"""REST scoring that follows the registry."""

@@ -1,0 +1,111 @@
+"""`python -m assay_services`: what `assay serve` becomes."""
+
+import argparse
+import ipaddress
+import logging
+import socket
+import sys
+from dataclasses import replace
+
+from assay_platform.config import Config, Service, load_config
+from assay_platform.errors import AssayError, ConfigError, InputError
+
+
+def main() -> int:
+    """Parse, check, serve; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="assay serve")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--fraud")
+    parser.add_argument("--recommend")
+    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--new-key")
+    call = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "mlflow", "alembic", "feast"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        config = load_config()
+        service = config.service
+        chosen = {"host": call.host, "port": call.port}
+        service = replace(service, **{k: v for k, v in chosen.items() if v is not None})
+        config = replace(config, service=service)
+        if call.new_key:
+            return _new_key(config, call.new_key)
+        _serve(config, service, call)
+    except InputError as error:
+        sys.stderr.write(f"assay: {error}\n")
+        return 2
+    except AssayError as error:
+        sys.stderr.write(f"assay: {error}\n")
+        return 1
+    return 0
+
+
+def _new_key(config: Config, who: str) -> int:
+    from assay_services.auth import KeyStore
+
+    key = KeyStore(config.paths.api_keys).create(who)
+    sys.stdout.write(f"{key}\n")
+    sys.stderr.write(f"key for {who!r}; it is not shown again. A running service reads keys at its start.\n")
+    return 0
+
+
+def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
+    from assay_services.auth import KeyStore
+
+    if not _is_loopback(service.host) and not KeyStore(config.paths.api_keys):
+        raise ConfigError(
+            f"--host {service.host} is open to others, but there is no API key; "
+            "make one with `assay serve --new-key NAME`"
+        )
+    listener = _bind(service.host, service.port)
+    port = listener.getsockname()[1]
+    if call.ray:
+        from assay_services.deployment import run_on_ray
+
+        listener.close()
+        run_on_ray(config, host=service.host, port=port, fraud=call.fraud, recommend=call.recommend)
+        return
+    import torch
+    import uvicorn
+
+    from assay_services.app import create_app, make_dependencies
+
+    # Requests run side by side in threads; one core each beats many cores for a batch of one.
+    torch.set_num_threads(1)
+    app = create_app(make_dependencies(config, fraud=call.fraud, recommend=call.recommend))
+    sys.stdout.write(f"Assay answers on http://{service.host}:{port}  docs: /docs  (Ctrl-C stops it)\n")
+    sys.stdout.flush()
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False)
+    )
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        return
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

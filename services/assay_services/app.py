@@ -1,0 +1,215 @@
+"""The scoring application: `create_app(deps)` is plain ASGI, alone in a process or inside Ray Serve."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from assay_features.feast.repository import FeatureRepository
+from assay_platform.config import Config
+from assay_platform.errors import DataError
+from assay_platform.monitoring.metrics import ServiceMetrics
+from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
+from fastapi import FastAPI, Response
+from fastapi.middleware import Middleware
+
+from assay_services.auth import KeyStore
+from assay_services.fraud import FraudScorer
+from assay_services.hot_swap import Follower, Slot
+from assay_services.limits import Gatekeeper
+from assay_services.problems import ProblemError, install
+from assay_services.recommend import ItemRecommender
+from assay_services.schemas import (
+    EventsRequest,
+    EventsResponse,
+    FraudRequest,
+    FraudResponse,
+    LoadedModel,
+    ModelRef,
+    ModelsResponse,
+    Problem,
+    RecommendRequest,
+    RecommendResponse,
+)
+
+_PROBLEMS: dict[int | str, dict[str, object]] = {
+    code: {"model": Problem, "description": text}
+    for code, text in (
+        (401, "API key missing or wrong"),
+        (413, "Body too large"),
+        (422, "A field does not fit"),
+        (429, "Too many requests"),
+        (503, "No model is loaded"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """All that the application needs from outside."""
+
+    config: Config
+    keys: KeyStore
+    metrics: ServiceMetrics
+    fraud: Slot[FraudScorer]
+    recommend: Slot[ItemRecommender]
+    follower: Follower
+
+
+@dataclass
+class _Repositories:
+    """Feature repositories, one a model name, shared by its versions: one connection, one lock."""
+
+    root: Path
+    _open: dict[str, FeatureRepository] = field(default_factory=dict)
+
+    def get(self, name: str) -> FeatureRepository:
+        if name not in self._open:
+            project = "".join(c if c.isalnum() else "_" for c in name)
+            self._open[name] = FeatureRepository(self.root / name, project)
+        return self._open[name]
+
+
+def make_dependencies(config: Config, *, fraud: str | None = None, recommend: str | None = None) -> Dependencies:
+    """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion."""
+    metrics = ServiceMetrics()
+    repositories = _Repositories(config.paths.feature_repositories)
+    fraud_slot: Slot[FraudScorer] = Slot(
+        "fraud",
+        lambda name, folder: FraudScorer.load(folder, repositories.get(name)),
+        metrics,
+        pinned_name=fraud,
+    )
+    recommend_slot: Slot[ItemRecommender] = Slot(
+        "recommend",
+        lambda name, folder: ItemRecommender.load(folder, repositories.get(name)),
+        metrics,
+        pinned_name=recommend,
+    )
+    follower = Follower(
+        lambda: ModelRegistry(config.tracking_uri, AuditLog(config.paths.audit_log)),
+        [fraud_slot, recommend_slot],
+        poll_s=config.service.poll_registry_s,
+    )
+    return Dependencies(config, KeyStore(config.paths.api_keys), metrics, fraud_slot, recommend_slot, follower)
+
+
+def create_app(deps: Dependencies) -> FastAPI:
+    """Build the application; the follower runs from its start-up to its shutdown."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        deps.follower.start()
+        yield
+        deps.follower.stop()
+
+    service = deps.config.service
+    app = FastAPI(
+        title="Assay",
+        version=version("assay"),
+        summary="Scores what to recommend and whom to trust.",
+        lifespan=lifespan,
+        redoc_url=None,
+        middleware=[
+            Middleware(
+                Gatekeeper,
+                keys=deps.keys,
+                metrics=deps.metrics,
+                max_body_bytes=service.max_body_bytes,
+                max_requests_per_s=service.max_requests_per_s,
+            )
+        ],
+    )
+    install(app)
+
+    def check_batch(num_events: int) -> None:
+        if num_events > service.max_batch:
+            raise DataError(f"events: {num_events} in one request; at most {service.max_batch} are allowed")
+
+    @app.post("/v1/fraud/score", responses=_PROBLEMS)
+    def score(body: FraudRequest) -> FraudResponse:
+        """Calibrated fraud probabilities, decisions and, with `explain`, additive reasons."""
+        check_batch(len(body.events))
+        loaded = deps.fraud.require()
+        scores = loaded.model.score(body.events, explain=body.explain)
+        for result in scores:
+            deps.metrics.decisions.labels(result.decision).inc()
+        return FraudResponse(model=ModelRef(name=loaded.name, version=loaded.version), scores=scores)
+
+    @app.post("/v1/recommend", responses=_PROBLEMS)
+    def recommend(body: RecommendRequest) -> RecommendResponse:
+        """The best items for a user; a popular list for somebody of whom nothing is known."""
+        loaded = deps.recommend.require()
+        items, cold = loaded.model.recommend(
+            body.user_id, k=body.k, exclude_seen=body.exclude_seen, context=body.context
+        )
+        deps.metrics.recommendations.labels(str(cold).lower()).inc()
+        return RecommendResponse(model=ModelRef(name=loaded.name, version=loaded.version), items=items, cold_start=cold)
+
+    @app.post("/v1/events", status_code=202, responses=_PROBLEMS)
+    def events(body: EventsRequest) -> EventsResponse:
+        """Fold new events into the online features; the answer comes when they are in."""
+        check_batch(len(body.events))
+        parsed, refused = [], []
+        for slot in (deps.fraud, deps.recommend):
+            if body.application not in (None, slot.application):
+                continue
+            if body.application is not None:
+                slot.require()
+            loaded = slot.current
+            if loaded is None:
+                continue
+            try:
+                # All are checked before any is written, so a bad one changes nothing.
+                parsed.append((slot.application, loaded.model, loaded.model.parse_events(body.events)))
+            except DataError as error:
+                refused.append((slot.application, error))
+        if not parsed and refused:
+            raise DataError("; ".join(f"for {name}: {error}" for name, error in refused))
+        if not parsed:
+            raise ProblemError(503, "no model is loaded", headers={"Retry-After": "5"})
+        accepted = {}
+        for application, model, batch in parsed:
+            model.add(batch)
+            deps.metrics.events.labels(application).inc(len(batch))
+            accepted[application] = len(batch)
+        return EventsResponse(accepted=accepted)
+
+    @app.get("/v1/models")
+    def models() -> ModelsResponse:
+        """What answers requests now."""
+        found = [(slot.application, slot.current) for slot in (deps.fraud, deps.recommend)]
+        return ModelsResponse(
+            models=[
+                LoadedModel(
+                    application=application,
+                    name=loaded.name,
+                    version=loaded.version,
+                    alias=CHAMPION,
+                    loaded_at=loaded.loaded_at.isoformat(timespec="seconds"),
+                    feature_plan=loaded.model.plan.version,
+                )
+                for application, loaded in found
+                if loaded is not None
+            ]
+        )
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses={503: {"model": Problem}})
+    async def readyz() -> dict[str, str]:
+        """At least one model answers."""
+        if deps.fraud.current is None and deps.recommend.current is None:
+            raise ProblemError(503, "no model is loaded yet", headers={"Retry-After": "5"})
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """For Prometheus."""
+        return Response(deps.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    return app

@@ -1,0 +1,66 @@
+"""The same application on Ray Serve: replicas that each follow the registry, scaled by load."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+from assay_platform.config import Config
+from assay_platform.errors import ClusterError
+from assay_platform.tasks.cluster import ray_cluster
+
+_MAX_ONGOING = 64
+
+
+def run_on_ray(config: Config, *, host: str, port: int, fraud: str | None, recommend: str | None) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ClusterError: Ray or the deployment did not start.
+    """
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    with ray_cluster():
+        from ray import serve
+
+        num_cpus = len(os.sched_getaffinity(0))
+
+        @serve.deployment(
+            name="assay",
+            max_ongoing_requests=_MAX_ONGOING,
+            autoscaling_config={
+                "min_replicas": 1,
+                "max_replicas": max(1, num_cpus - 1),
+                "target_ongoing_requests": 8,
+            },
+            ray_actor_options={"num_cpus": 0.5},
+        )
+        @serve.ingress(_builder(config, fraud, recommend))
+        class Scoring:
+            """One replica: one scoring application."""
+
+        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+        try:
+            deployed: Any = Scoring
+            serve.run(deployed.bind(), name="assay", route_prefix="/")
+        except (RuntimeError, TimeoutError) as error:
+            raise ClusterError(f"the Ray Serve deployment did not start: {error}") from error
+        print(f"Assay answers on http://{host}:{port} through Ray Serve (Ctrl-C stops it)", flush=True)  # noqa: T201
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _builder(config: Config, fraud: str | None, recommend: str | None) -> Any:
+    """A function that a replica calls to build its application: models and threads cannot be sent to it."""
+
+    def build() -> Any:
+        import torch
+
+        from assay_services.app import create_app, make_dependencies
+
+        torch.set_num_threads(1)
+        return create_app(make_dependencies(config, fraud=fraud, recommend=recommend))
+
+    return build

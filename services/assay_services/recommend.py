@@ -1,0 +1,161 @@
+"""Recommendation: history and fresh item features → candidates → ranking → titles and reasons."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+from assay_features.definitions import Decay, FeaturePlan
+from assay_features.events import Events, canonical_key, events_from_records, timestamp_us
+from assay_features.feast.repository import FeatureRepository
+from assay_features.items import ranker_columns
+from assay_features.schema import RecommendSchema, schema_from_dict
+from assay_platform.errors import ArtifactError, DataError
+from assay_platform.models.artifact import read_json
+from assay_platform.models.recommender import Ranked, Recommender
+from numpy.typing import NDArray
+
+from assay_services.schemas import RecommendedItem, Record
+
+_NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+
+class ItemFeatures:
+    """Features of all items at the newest event known, recomputed when an event came in.
+
+    Reading the store for every item at every request would cost more than the ranking itself. Events that
+    reach this process show at once; those that reach another process show when the model is loaded again.
+    """
+
+    def __init__(
+        self, plan: FeaturePlan, item_column: str, items: tuple[str, ...], repository: FeatureRepository
+    ) -> None:
+        self._plan, self._entity, self._items = plan, item_column, items
+        self._online = repository.online(plan)
+        self._decay = next(
+            (i for i, d in enumerate(plan.of_entity(item_column)) if isinstance(d, Decay) and d.column is None),
+            None,
+        )
+        self._lock = threading.Lock()
+        self._states = self._online.states(item_column, list(items))
+        self._newest_us = int(np.nanmax(self._states[:, 0], initial=0.0))
+        self._cached: NDArray[np.float32] | None = None
+        self._row = {item: i for i, item in enumerate(items)}
+
+    def at(self, time_us: int | None) -> NDArray[np.float32]:
+        """(I, F) on the ranker's scale; None: as of the newest event."""
+        with self._lock:
+            if time_us is None and self._cached is not None:
+                return self._cached
+            moment = self._newest_us + 1 if time_us is None else time_us
+            values = self._online.apply(self._entity, self._states, np.full(len(self._items), moment))
+            features = ranker_columns(self._plan, values)
+            if time_us is None:
+                self._cached = features
+            return features
+
+    def popularity(self, features_IF: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Decayed demand, if the plan has it and anything was seen."""
+        if self._decay is None or not features_IF[:, self._decay].any():
+            return None
+        return features_IF[:, self._decay]
+
+    def add(self, events: Events) -> None:
+        """Fold events into the store and into what is cached."""
+        self._online.add(events)
+        touched = [item for item in dict.fromkeys(events.keys[self._entity]) if item in self._row]
+        fresh = self._online.states(self._entity, touched) if touched else None
+        with self._lock:
+            if fresh is not None:
+                self._states[[self._row[item] for item in touched]] = fresh
+            self._newest_us = max(self._newest_us, int(events.time_us.max()))
+            self._cached = None
+
+    def recent(self, user_column: str, user: str) -> list[str]:
+        """Items of a user's newest events, oldest first."""
+        found = self._online.read({user_column: [user]}, [0])
+        return found.sequences.get(user_column, [[]])[0]
+
+
+class ItemRecommender:
+    """One loaded recommender version."""
+
+    def __init__(
+        self, model: Recommender, schema: RecommendSchema, plan: FeaturePlan, repository: FeatureRepository
+    ) -> None:
+        self.schema, self.plan = schema, plan
+        self._model = model
+        self._features = ItemFeatures(plan, schema.item, model.items, repository)
+
+    @staticmethod
+    def load(folder: Path, repository: FeatureRepository) -> "ItemRecommender":
+        """Read the artifact and answer once."""
+        companion = read_json(folder, "features")
+        schema = schema_from_dict(companion["schema"])
+        if not isinstance(schema, RecommendSchema):
+            raise ArtifactError(f"{folder}: features.json holds a schema for {schema.kind!r}")
+        loaded = ItemRecommender(Recommender.load(folder), schema, FeaturePlan.from_dict(companion["plan"]), repository)
+        model = loaded._model
+        model.recommend(np.zeros(1, dtype=np.int64), k=1, exclude=_NOTHING, store_features_IF=loaded._features.at(None))
+        return loaded
+
+    def recommend(
+        self, user_id: str | int, *, k: int, exclude_seen: bool | None, context: Record
+    ) -> tuple[list[RecommendedItem], bool]:
+        """Items for a user, and whether nothing was known of them.
+
+        Raises:
+            DataError: the user id or context.timestamp does not fit.
+        """
+        try:
+            user = canonical_key(user_id)
+        except ValueError as error:
+            raise DataError(f"user_id: {error}") from error
+        if user is None:
+            raise DataError("user_id: is empty")
+        time_us = None
+        if context.get("timestamp") is not None:
+            try:
+                time_us = timestamp_us(context["timestamp"])
+            except ValueError as error:
+                raise DataError(f"context.timestamp: {error}") from error
+        features_IF = self._features.at(time_us)
+        history = self._model.history(user, self._features.recent(self.schema.user, user))
+        leave_out = (not self._model.repeats) if exclude_seen is None else exclude_seen
+        excluded = history if leave_out else _NOTHING
+        if not len(history):
+            ranked = self._model.popular(k, excluded, self._features.popularity(features_IF))
+            return self._items(ranked, _NOTHING), True
+        ranked = self._model.recommend(history, k=k, exclude=excluded, store_features_IF=features_IF)
+        return self._items(ranked, history), False
+
+    def _items(self, ranked: Ranked, history: NDArray[np.int64]) -> list[RecommendedItem]:
+        out = []
+        for item, score in zip(ranked.items, ranked.scores, strict=True):
+            near = self._model.nearest_in_history(item, history)
+            if near is None:
+                reason = "much in demand now"
+            elif near == item:
+                reason = "taken before"
+            else:
+                reason = f"close to {self._model.title(near)} in this user's history"
+            out.append(
+                RecommendedItem(
+                    item_id=self._model.items[item], score=score, title=self._model.title(item), reason=reason
+                )
+            )
+        return out
+
+    def parse_events(self, records: list[Record]) -> Events:
+        """Events with what features need of them."""
+        events = events_from_records(
+            records, timestamp=self.schema.timestamp, keys=self.schema.keys, numbers=self.schema.numbers
+        )
+        for name in self.schema.keys:
+            for i, value in enumerate(events.keys[name]):
+                if value is None:
+                    raise DataError(f"events[{i}].{name}: is empty; an interaction needs a user and an item")
+        return events
+
+    def add(self, events: Events) -> None:
+        """Fold events into the online features."""
+        self._features.add(events)

@@ -1,0 +1,118 @@
+"""Request and response bodies: what OpenAPI shows."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Record = dict[str, Any]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FraudRequest(_Body):
+    """Events to score, each with the columns of the model's schema; null where unknown."""
+
+    events: Annotated[list[Record], Field(min_length=1)]
+    explain: bool = False
+
+
+class ModelRef(BaseModel):
+    """Which version answered."""
+
+    name: str
+    version: int
+
+
+class Reason(BaseModel):
+    """One feature's share in a score, in log-odds: positive raises the risk."""
+
+    feature: str
+    value: float | str | None
+    contribution: float
+    text: str
+
+
+class FraudScore(BaseModel):
+    """score is a calibrated probability. With `explain`, sigmoid(base + Σ contribution) = score."""
+
+    id: str | None
+    score: float
+    decision: Literal["approve", "decline"]
+    threshold: float
+    base: float | None = None
+    reasons: list[Reason] = []
+
+
+class FraudResponse(BaseModel):
+    """Scores in the order of the events."""
+
+    model: ModelRef
+    scores: list[FraudScore]
+
+
+class RecommendRequest(_Body):
+    """context may carry `timestamp`: as of when item features are read (default: the newest event known)."""
+
+    user_id: str | int
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    exclude_seen: bool | None = None
+    context: Record = {}
+
+
+class RecommendedItem(BaseModel):
+    """One item; scores order a list and mean nothing between lists."""
+
+    item_id: str
+    score: float
+    title: str
+    reason: str
+
+
+class RecommendResponse(BaseModel):
+    """Best item first. cold_start: nothing was known of the user."""
+
+    model: ModelRef
+    items: list[RecommendedItem]
+    cold_start: bool
+
+
+class EventsRequest(_Body):
+    """New events. Without `application` they go to every loaded model whose columns they have."""
+
+    events: Annotated[list[Record], Field(min_length=1)]
+    application: Literal["fraud", "recommend"] | None = None
+
+
+class EventsResponse(BaseModel):
+    """How many events each application took in."""
+
+    accepted: dict[str, int]
+
+
+class LoadedModel(BaseModel):
+    """One model that answers requests."""
+
+    application: str
+    name: str
+    version: int
+    alias: str
+    loaded_at: str
+    feature_plan: str
+
+
+class ModelsResponse(BaseModel):
+    """All models that answer requests."""
+
+    models: list[LoadedModel]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[dict[str, Any]] = []

@@ -1,0 +1,74 @@
+"""The schema file: what is accepted, and that errors name the field."""
+
+from pathlib import Path
+
+import pytest
+from assay_features.schema import FraudSchema, RecommendSchema, read_schema, schema_from_dict, schema_to_dict
+from assay_platform.errors import SchemaError
+
+FRAUD = {"kind": "fraud", "columns": {"timestamp": "t", "label": "y", "entities": ["c"], "numeric": ["a"]}}
+RECOMMEND = {"kind": "recommend", "columns": {"user": "u", "item": "i", "timestamp": "t"}}
+
+
+@pytest.mark.parametrize("document", [FRAUD, RECOMMEND])
+def test_a_schema_survives_the_artifact(document: dict[str, object]) -> None:
+    schema = schema_from_dict(document)
+    assert schema_from_dict(schema_to_dict(schema)) == schema
+
+
+def test_items_and_split_are_read() -> None:
+    items = {"path": "i.csv", "id": "i", "text": ["title"]}
+    schema = schema_from_dict({**RECOMMEND, "items": items, "split": {"protocol": "leave-last-out", "repeats": True}})
+    assert isinstance(schema, RecommendSchema)
+    assert schema.items is not None
+    assert schema.items.text == ("title",)
+    assert schema.split.repeats
+    assert schema_from_dict(schema_to_dict(schema)) == schema
+
+
+def changed(**columns: object) -> dict[str, object]:
+    return {**FRAUD, "columns": {**FRAUD["columns"], **columns}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("document", "named"),
+    [
+        ({"kind": "spam"}, "'spam'"),
+        ({"kind": "fraud", "columns": {"timestamp": "t", "label": "y"}}, "'entities' is missing"),
+        (changed(entities=[]), "entities is empty"),
+        (changed(entities="c"), "expected a list of strings"),
+        (changed(colour="x"), "unknown field 'colour'"),
+        (changed(amount="b"), "must also be listed in numeric"),
+        (changed(immutable=["zzz"]), "'zzz'"),
+        (changed(label="a"), "label = 'a'"),
+        (changed(numeric=["a", "a"]), "more than once"),
+        ({**FRAUD, "split": {"train": 0.9, "validation": 0.2}}, "train = 0.9"),
+        ({**FRAUD, "split": {"train": "most"}}, "expected a number"),
+        ({**FRAUD, "items": {}}, r"\[items\]"),
+        ({**RECOMMEND, "split": {"protocol": "magic"}}, "'magic'"),
+        ({**RECOMMEND, "columns": {"user": "u", "item": "u", "timestamp": "t"}}, "more than once"),
+        ({**FRAUD, "extra": 1}, "'extra'"),
+    ],
+)
+def test_a_wrong_schema_is_named(document: dict[str, object], named: str) -> None:
+    with pytest.raises(SchemaError, match=named):
+        schema_from_dict(document)
+
+
+def test_file_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"none\.toml"):
+        read_schema(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("kind = ")
+    with pytest.raises(SchemaError, match=r"broken\.toml.*not valid TOML"):
+        read_schema(broken)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SchemaError, match=r"binary\.toml"):
+        read_schema(binary)
+
+
+def test_a_column_may_be_entity_and_category_but_is_read_once() -> None:
+    schema = schema_from_dict(changed(categorical=["c", "d"]))
+    assert isinstance(schema, FraudSchema)
+    assert schema.keys == ("c", "d")

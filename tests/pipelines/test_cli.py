@@ -1,0 +1,74 @@
+"""The command line as a user meets it: exit codes, one line of error, no traceback."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def assay(*arguments: str, home: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ASSAY_HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    command = [sys.executable, "-m", "assay_pipelines.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
+
+
+def test_help_teaches_and_is_quick(tmp_path: Path) -> None:
+    fastest_s = 9.0
+    for _ in range(5):
+        began = time.perf_counter()
+        done = assay("--help", home=tmp_path)
+        fastest_s = min(fastest_s, time.perf_counter() - began)
+    assert done.returncode == 0
+    assert "assay run fraud --data card.csv --schema card.toml" in done.stdout
+    assert fastest_s < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["run", "fraud"], "--data"),
+        (["run", "chess", "--data", "x"], "'chess'"),
+        (["run", "fraud", "--data", "nothing.csv"], "neither a file nor a data set"),
+        (["data", "get", "imagenet"], "unknown data set 'imagenet'"),
+        (["bench", "nothing"], "unknown benchmark 'nothing'"),
+        (["promote", "fraud-x", "two"], "invalid int value: 'two'"),
+        (["serve", "--host", "0.0.0.0"], "there is no API key"),
+        (["serve", "--port", "99999"], "service.port is 99999"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], named: str) -> None:
+    done = assay(*arguments, home=tmp_path)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_tables_and_options_are_exit_code_2(tmp_path: Path, fraud_files: tuple[Path, Path]) -> None:
+    table, schema = fraud_files
+    run = ["run", "fraud", "--data", str(table)]
+    without = assay(*run, home=tmp_path)
+    other_kind = assay("run", "recommend", "--data", str(table), "--schema", str(schema), home=tmp_path)
+    budget = assay(*run, "--schema", str(schema), "--budget", "-1", home=tmp_path)
+    named = assay(*run, "--schema", str(schema), "--name", "../x", home=tmp_path)
+    table.write_text(table.read_text().replace("datetime", "when", 1))
+    column = assay(*run, "--schema", str(schema), home=tmp_path)
+    for done, text in (
+        (without, "--schema FILE.toml is needed"), (other_kind, "kind = 'fraud'"), (budget, "--budget is -1"),
+        (named, "--name '../x'"), (column, "has no column 'datetime'"),
+    ):  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_model_fails_with_exit_code_1(tmp_path: Path) -> None:
+    for arguments in (["promote", "nothing", "1"], ["rollback", "nothing"]):
+        done = assay(*arguments, home=tmp_path)
+        assert done.returncode == 1
+        assert "nothing" in done.stderr
+        assert "Traceback" not in done.stderr

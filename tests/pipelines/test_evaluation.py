@@ -1,0 +1,110 @@
+"""Splits and metrics against obvious calculations."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from assay_features.schema import Split
+from assay_pipelines.fraud.evaluate import expected_calibration_error, fraud_metrics
+from assay_pipelines.gate import check_candidate
+from assay_pipelines.recommend.baseline import ease_scores
+from assay_pipelines.recommend.evaluate import ranking_metrics
+from assay_pipelines.recommend.split import split_interactions
+from assay_platform.errors import DataError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+users_lists = st.lists(st.integers(0, 5), min_size=30, max_size=120)
+
+
+@settings(max_examples=60, deadline=None)
+@given(users_lists, st.sampled_from(["temporal", "random", "leave-last-out"]))
+def test_parts_are_disjoint_complete_and_follow_the_protocol(users: list[int], protocol: str) -> None:
+    codes = np.unique(users, return_inverse=True)[1].astype(np.int64)
+    split = Split(train=0.6, validation=0.2, protocol=protocol)  # type: ignore[arg-type]
+    parts = split_interactions(codes, split, seed=1)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(codes)))
+    if protocol == "temporal":
+        assert parts.fit.max() < parts.validation.min() < parts.test.min()
+    if protocol == "leave-last-out":
+        for user in np.unique(codes[parts.test]):
+            mine = np.flatnonzero(codes == user)
+            assert set(parts.test) & set(mine) == {mine[-1]}
+            assert set(parts.validation) & set(mine) == {mine[-2]}
+    again = split_interactions(codes, split, seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_too_few_interactions_for_a_split_are_refused() -> None:
+    with pytest.raises(DataError, match="validation part empty"):
+        split_interactions(np.zeros(3, dtype=np.int64), Split(), seed=0)
+
+
+def test_ranking_metrics_equal_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    train = sp.random(40, 50, 0.2, "csr", random_state=1)
+    train.data[:] = 1
+    test = sp.random(40, 50, 0.1, "csr", random_state=2)
+    test.data[:] = 1
+    top = np.stack([rng.permutation(50)[:20] for _ in range(40)])
+    ndcg, recall = [], []
+    for user in range(40):
+        wanted = set(test[user].indices)
+        if not wanted:
+            continue
+        gain = sum(1 / np.log2(rank + 2) for rank, item in enumerate(top[user][:10]) if item in wanted)
+        ndcg.append(gain / sum(1 / np.log2(rank + 2) for rank in range(min(10, len(wanted)))))
+        recall.append(len(wanted & set(top[user])) / len(wanted))
+    metrics = ranking_metrics(top, test, train)
+    assert metrics["ndcg_at_10"] == pytest.approx(np.mean(ndcg))
+    assert metrics["recall_at_20"] == pytest.approx(np.mean(recall))
+    assert metrics["coverage"] == pytest.approx(len({i for row in top for i in row[:10]}) / 50, abs=0.2)
+    assert 0 <= metrics["diversity"] <= 1
+
+
+def test_ease_never_recommends_an_item_for_itself() -> None:
+    train = sp.csr_matrix(np.eye(4, dtype=np.float32))
+    np.testing.assert_allclose(np.diag(ease_scores(train, 1.0)), 0.0)
+
+
+def test_fraud_metrics_at_the_operating_point() -> None:
+    labels = np.r_[np.ones(100, bool), np.zeros(10_000, bool)]
+    scores = np.r_[np.linspace(0.9, 1.0, 50), np.full(50, 0.1), np.linspace(0.0, 0.95, 10_000)]
+    metrics = fraud_metrics(scores, labels, threshold=0.9)
+    assert metrics["recall_at_fpr_0.003"] == pytest.approx(0.3, abs=0.02)  # those above 0.9472, the 0.3 % point
+    assert metrics["recall_at_threshold"] == pytest.approx(0.5)
+    assert metrics["fpr_at_threshold"] == pytest.approx(0.0526, abs=0.001)
+    assert metrics["prevalence"] == pytest.approx(100 / 10_100)
+
+
+def test_calibration_error_is_zero_for_truth_and_large_for_a_lie() -> None:
+    rng = np.random.default_rng(0)
+    probability = rng.random(50_000)
+    labels = rng.random(50_000) < probability
+    assert expected_calibration_error(probability, labels) < 0.01
+    assert expected_calibration_error(np.full(50_000, 0.9), labels) == pytest.approx(0.4, abs=0.01)
+
+
+def gate(**changes: object) -> object:
+    given_values: dict[str, object] = {
+        "metric": "average_precision", "candidate": 0.5, "champion": None, "champion_version": None,
+        "baselines": {"lightgbm": {"auc": 0.9}}, "expected_baselines": ("lightgbm",), "calibration_error": 0.001,
+    }  # fmt: skip
+    return check_candidate(**{**given_values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "passed", "text"),
+    [
+        ({}, True, "first version"),
+        ({"champion": 0.4, "champion_version": 1}, True, "better than champion version 1"),
+        ({"champion": 0.5, "champion_version": 1}, False, "not better than"),
+        ({"calibration_error": 0.05}, False, "not calibrated"),
+        ({"calibration_error": float("nan")}, False, "not calibrated"),
+        ({"baselines": {}}, False, "no lightgbm baseline"),
+        ({"candidate": float("nan")}, False, "nan"),
+    ],
+)
+def test_the_gate(changes: dict[str, object], passed: bool, text: str) -> None:
+    report = gate(**changes)
+    assert report.passed is passed  # type: ignore[attr-defined]
+    assert text in report.summary  # type: ignore[attr-defined]

@@ -1,0 +1,136 @@
+"""The fraud model: encoding, additive reasons, calibration, artifact."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from assay_platform.errors import ArtifactError, InputError
+from assay_platform.models.calibration import PlattCalibration, fit_platt, sigmoid, threshold_at_fpr
+from assay_platform.models.explain import integrated_gradients
+from assay_platform.models.fraud import FraudModel, FraudNet, FraudNetConfig, fit_encoder, mean_embedding
+from assay_platform.moe import BackboneConfig
+
+
+def columns(num_rows: int = 200) -> dict[str, object]:
+    rng = np.random.default_rng(0)
+    word = np.empty(num_rows, dtype=object)
+    word[:] = [None if i % 9 == 0 else "abc"[i % 3] for i in range(num_rows)]
+    return {"x": rng.normal(size=num_rows), "y": np.where(rng.random(num_rows) < 0.2, np.nan, 1.0), "word": word}
+
+
+@pytest.fixture
+def model() -> FraudModel:
+    torch.manual_seed(0)
+    table = columns()
+    encoder, edges = fit_encoder(table, numeric=["x", "y"], categorical=["word"], num_bins=4, max_categories=10)
+    config = FraudNetConfig(embedding_dim=4, num_bins=4, backbone=BackboneConfig(width=16, hidden=8, num_experts=4))
+    net = FraudNet(edges, encoder.cardinalities, config).eval()
+    torch.nn.init.normal_(net.head.weight)
+    reference = mean_embedding(net, encoder.apply(table))
+    calibration = PlattCalibration(slope=0.7, intercept=-1.0)
+    return FraudModel(net, encoder, config, reference_GP=reference, calibration=calibration, threshold=0.4)
+
+
+def test_contributions_add_up_to_the_calibrated_score(model: FraudModel) -> None:
+    rows = model.encode(columns())
+    scores, explanation = model.explain(rows)
+    total = sigmoid(explanation.base + explanation.contribution_NG.sum(axis=1))
+    np.testing.assert_allclose(total, model.score(rows).probability, atol=1e-5)
+    np.testing.assert_allclose(scores.probability, model.score(rows).probability, atol=1e-5)
+
+
+def test_a_feature_at_its_reference_contributes_nothing() -> None:
+    x = torch.randn(5, 3, 2)
+    reference = torch.randn(3, 2)
+    x[:, 1] = reference[1]
+    contribution, _ = integrated_gradients(lambda e: (e.flatten(1) ** 2).sum(1), x, reference)
+    assert contribution[:, 1].abs().max() < 1e-6
+
+
+def test_completeness_holds_across_a_jump() -> None:
+    def jumpy(e: torch.Tensor) -> torch.Tensor:
+        total = e.flatten(1).sum(1)
+        return total + 3.0 * (total > 1.0)
+
+    x, reference = torch.full((1, 2, 1), 2.0), torch.zeros(2, 1)
+    contribution, base = integrated_gradients(jumpy, x, reference)
+    assert float(contribution.sum() + base) == pytest.approx(7.0, abs=1e-6)
+
+
+def test_new_rare_and_missing_categories_share_the_trained_row_zero(model: FraudModel) -> None:
+    table = {"x": [0.0] * 3, "y": [1.0] * 3, "word": ["never seen", None, "a"]}
+    codes = model.encode(table).codes_NC[:, 0].tolist()
+    assert codes[:2] == [0, 0]
+    assert codes[2] > 0
+
+
+def test_numbers_beyond_float32_still_score(model: FraudModel) -> None:
+    rows = model.encode({"x": [1e300, -1e300], "y": [np.nan, 1.0], "word": [None, None]})
+    assert np.isfinite(model.score(rows).probability).all()
+
+
+def test_a_missing_column_is_named(model: FraudModel) -> None:
+    with pytest.raises(InputError, match="'word' is missing"):
+        model.encode({"x": [0.0], "y": [0.0]})
+
+
+def test_saved_and_loaded_the_model_scores_the_same(model: FraudModel, tmp_path: Path) -> None:
+    model.save(tmp_path, {"features": {"plan": {}}})
+    loaded = FraudModel.load(tmp_path)
+    rows = model.encode(columns())
+    np.testing.assert_array_equal(loaded.score(rows).probability, model.score(rows).probability)
+    np.testing.assert_allclose(loaded.explain(rows)[1].contribution_NG, model.explain(rows)[1].contribution_NG)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pt", ".bin")]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "kind", "missing", "field"])
+def test_a_damaged_artifact_is_refused(model: FraudModel, tmp_path: Path, damage: str) -> None:
+    model.save(tmp_path, {})
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if damage == "flip":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(bytes(content))
+    elif damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        document = json.loads(config.read_text())
+        if damage == "kind":
+            document["kind"] = "recommend"
+        else:
+            del document["config"]["encoder"]["numeric"]
+        config.write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=str(tmp_path)):
+        FraudModel.load(tmp_path)
+
+
+def test_platt_recovers_the_scale_of_logits() -> None:
+    rng = np.random.default_rng(0)
+    true_logit = rng.normal(-2, 2, 20_000)
+    labels = rng.random(20_000) < sigmoid(true_logit)
+    fitted = fit_platt(true_logit / 3 + 1, labels)
+    assert fitted.slope == pytest.approx(3, rel=0.1)
+    assert fitted.probability(true_logit / 3 + 1).mean() == pytest.approx(labels.mean(), abs=0.005)
+
+
+def test_platt_of_a_useless_model_answers_the_base_rate() -> None:
+    logits = np.r_[np.full(50, 1.0), np.full(50, -1.0)]
+    labels = np.r_[np.zeros(50, bool), np.arange(50) < 20]
+    np.testing.assert_allclose(fit_platt(logits, labels).probability(logits), 0.2, atol=0.01)
+
+
+def test_one_class_cannot_be_calibrated() -> None:
+    with pytest.raises(InputError, match="both classes"):
+        fit_platt(np.zeros(3), np.zeros(3, bool))
+
+
+@pytest.mark.parametrize("fpr", [0.0, 0.003, 0.1, 1.0])
+def test_threshold_flags_at_most_the_allowed_negatives_even_with_ties(fpr: float) -> None:
+    rng = np.random.default_rng(1)
+    scores, labels = rng.integers(0, 50, 2000) / 50, rng.random(2000) < 0.1
+    flagged = scores >= threshold_at_fpr(scores, labels, fpr)
+    assert flagged[~labels].mean() <= fpr
