@@ -12,12 +12,12 @@ from assay_platform.tasks.cluster import quiet_ray_environment
 
 
 def fraud_frame(num_rows: int = 3000, seed: int = 0) -> pd.DataFrame:
-    """Card payments; fraud is likelier for a few stolen cards, large amounts and one provider."""
+    """Card payments; fraud is likelier for large amounts and for one provider."""
     rng = np.random.default_rng(seed)
     card = rng.integers(0, 150, num_rows)
     amount = rng.lognormal(3.0, 1.0, num_rows)
     provider = rng.choice(["alpha", "beta", "gamma"], num_rows, p=[0.6, 0.3, 0.1])
-    logit = -4.0 + 2.5 * (card < 8) + 1.2 * (amount > 60) + 1.5 * (provider == "gamma")
+    logit = -5.0 + 3.5 * (amount > 60) + 3.5 * (provider == "gamma")
     return pd.DataFrame(
         {
             "transaction_id": [f"t{i}" for i in range(num_rows)],

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--version", dest="show_version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     demo = commands.add_parser("demo", help="the main job on real data, both applications")
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `assay` command."""
     parser = _parser()
     call = parser.parse_args(arguments)
-    if call.version:
+    if call.show_version:
         from importlib.metadata import version
 
         print(f"assay {version('assay')}")  # noqa: T201

@@ -1,5 +1,6 @@
 """Steps around a run that both applications share: its MLflow run, the search, registration behind the gate."""
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,11 @@ def run_search(
             )
     finally:
         cluster.__exit__(None, None, None)
-    run.log(params={f"best.{name}": result.best[name] for name in space}, metrics={"search_best": result.metric})
+    run.log(params={f"best.{name}": result.best[name] for name in space})
+    if math.isnan(result.metric):
+        reporter.line(f"no trial finished an epoch within {options.budget_s:g} s; the defaults are used (see --budget)")
+    else:
+        run.log(metrics={"search_best": result.metric})
     return result
 
 

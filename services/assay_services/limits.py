@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from assay_platform.monitoring.metrics import ServiceMetrics
+from starlette.requests import ClientDisconnect
 
 from assay_services.auth import KeyStore
 from assay_services.problems import MEDIA_TYPE, problem_bytes
@@ -100,30 +101,29 @@ class Gatekeeper:
 
     async def _limited(self, scope: Scope, receive: Any, send: Any) -> None:
         """Also bodies without a length are cut off at the limit."""
-        received, answered = 0, False
+        received = 0
 
         async def counting_receive() -> Any:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
-                raise _BodyTooLargeError
+                # To the application the client has gone; what it then says is not sent.
+                return {"type": "http.disconnect"}
             return message
 
-        async def noting_send(message: Any) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
+        async def send_unless_too_large(message: Any) -> None:
+            if received <= self._max_body_bytes:
+                await send(message)
 
         try:
-            await self._app(scope, counting_receive, noting_send)
-        except _BodyTooLargeError:
-            if not answered:
+            await self._app(scope, counting_receive, send_unless_too_large)
+        except ClientDisconnect:
+            if received <= self._max_body_bytes:
+                raise
+        finally:
+            if received > self._max_body_bytes:
                 await _answer(send, *self._too_large())
-
-
-class _BodyTooLargeError(Exception):
-    pass
 
 
 async def _answer(send: Any, status: int, detail: str, headers: dict[str, str]) -> None:

@@ -1,7 +1,9 @@
 """Bayesian search on the run's Ray cluster."""
 
+import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from assay_platform.tuning.space import OneOf, Real, Whole
 pytestmark = pytest.mark.ray
 SPACE: dict[str, Any] = {"x": Real(low=0.0, high=1.0), "k": Whole(low=1, high=8), "c": OneOf(("a", "b"))}
 DEFAULTS = {"x": 0.9, "k": 8, "c": "a", "fixed": 7}
-BUDGET = SearchBudget(num_trials=8, time_s=90, max_epochs=3)
+BUDGET = SearchBudget(num_trials=8, time_s=300, max_epochs=3)
 
 
 def bowl(params: dict[str, Any], data: list[float], report: Report) -> None:
@@ -41,7 +43,7 @@ def killed_once(params: dict[str, Any], data: str, report: Report) -> None:
 
 
 def test_a_killed_worker_is_started_again(ray_session: str, tmp_path: Path) -> None:
-    budget = SearchBudget(num_trials=2, time_s=90, max_epochs=1)
+    budget = SearchBudget(num_trials=2, time_s=300, max_epochs=1)
     result = search(killed_once, data=str(tmp_path / "killed"), space=SPACE, defaults=DEFAULTS, budget=budget, seed=0)
     assert (tmp_path / "killed").exists()
     assert result.metric == 0.5
@@ -52,9 +54,20 @@ def broken(params: dict[str, Any], data: None, report: Report) -> None:
 
 
 def test_when_no_trial_reports_the_first_error_is_told(ray_session: str) -> None:
-    budget = SearchBudget(num_trials=1, time_s=60, max_epochs=1)
+    budget = SearchBudget(num_trials=1, time_s=300, max_epochs=1)
     with pytest.raises(WorkError, match="this objective is broken"):
         search(broken, data=None, space=SPACE, defaults=DEFAULTS, budget=budget, seed=0)
+
+
+def test_a_budget_too_short_for_any_trial_gives_the_defaults(ray_session: str) -> None:
+    budget = SearchBudget(num_trials=1, time_s=0.1, max_epochs=1)
+    result = search(slow, data=None, space=SPACE, defaults=DEFAULTS, budget=budget, seed=0)
+    assert result.best == DEFAULTS
+    assert math.isnan(result.metric)
+
+
+def slow(params: dict[str, Any], data: None, report: Report) -> None:
+    time.sleep(60)
 
 
 def test_a_varied_parameter_needs_a_default() -> None:

@@ -102,7 +102,7 @@ def _bad(path: Path, column: str, row: int, message: str) -> DataError:
 
 
 def _parse_unique(series: "pd.Series[Any]", path: Path, parse: Callable[[Any], Any]) -> list[Any]:
-    """`parse` every distinct value once; the first row with a bad value is named."""
+    """`parse` every distinct value once; the first row with a bad value is named, by the series' index."""
     codes, distinct = pd.factorize(series, use_na_sentinel=False)
     parsed: list[Any] = []
     first_bad: tuple[int, ValueError] | None = None
@@ -115,7 +115,7 @@ def _parse_unique(series: "pd.Series[Any]", path: Path, parse: Callable[[Any], A
                 first_bad = (row, error)
             parsed.append(None)
     if first_bad is not None:
-        raise _bad(path, str(series.name), first_bad[0], str(first_bad[1])) from first_bad[1]
+        raise _bad(path, str(series.name), int(series.index[first_bad[0]]), str(first_bad[1])) from first_bad[1]
     return [parsed[code] for code in codes]
 
 

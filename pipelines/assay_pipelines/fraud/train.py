@@ -22,6 +22,7 @@ from torch import Tensor
 
 _BALANCE_WEIGHT = 0.01
 _EVALUATION_CHUNK = 8192
+_MIN_BATCH, _MIN_BATCHES = 32, 64
 
 # What a search may vary, and where it starts.
 SPACE: Space = {
@@ -87,6 +88,12 @@ def net_config(params: Mapping[str, Any]) -> FraudNetConfig:
     )
 
 
+def num_batches(params: Mapping[str, Any], num_rows: int) -> int:
+    """Steps an epoch: batches of the given size, smaller ones where the table is small."""
+    size = min(int(params["batch_size"]), max(_MIN_BATCH, num_rows // _MIN_BATCHES))
+    return max(1, num_rows // size)
+
+
 def train_net(
     params: Mapping[str, Any],
     data: FraudData,
@@ -99,13 +106,12 @@ def train_net(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     net = FraudNet(data.edges, data.encoder.cardinalities, net_config(params))
-    batch_size = int(params["batch_size"])
-    num_batches = max(1, len(data.train) // batch_size)
+    steps = num_batches(params, len(data.train))
     weight = torch.tensor(float(params["positive_weight"]))
 
     def batches(_: int) -> Iterator[LabelledRows]:
         order = torch.randperm(len(data.train), generator=generator)
-        for part in order.tensor_split(num_batches):
+        for part in order.tensor_split(steps):
             yield data.train.take(part)
 
     def loss(batch: LabelledRows) -> Tensor:
@@ -129,7 +135,7 @@ def train_net(
     result = fit(
         net,
         batches=batches,
-        num_batches=num_batches,
+        num_batches=steps,
         loss=loss,
         evaluate=evaluate,
         config=config,

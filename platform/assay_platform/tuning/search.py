@@ -48,7 +48,10 @@ class TrialResult(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """best: params of the trial with the highest metric. trials: all that reported at least once."""
+    """best: params of the trial with the highest metric. trials: all that completed.
+
+    If the time ended before any trial had an epoch behind it, best is the defaults and the metric is NaN.
+    """
 
     best: dict[str, Any]
     metric: float
@@ -71,7 +74,7 @@ def search(
     what the space does not vary is passed on unchanged.
 
     Raises:
-        WorkError: no trial reported a metric; the message has the first trial's error.
+        WorkError: no trial reported a metric and some failed; the message has the first one's error.
     """
     quiet_ray_environment()
     import optuna
@@ -140,7 +143,9 @@ def search(
     # A trial cut off by the time budget has reported but may not have completed.
     results = [r for r in (grid[i] for i in range(len(grid))) if r.metrics and METRIC in r.metrics]
     if not results:
-        raise WorkError(f"no trial of the search finished an epoch: {_first_error(grid)}")
+        if grid.errors:
+            raise WorkError(f"no trial of the search finished an epoch: {_first_error(grid)}")
+        return SearchResult(dict(defaults), math.nan, [])
     best = max(results, key=_best_metric)
     return SearchResult({**fixed, **(best.config or {})}, _best_metric(best), finished)
 
@@ -153,8 +158,7 @@ def _best_metric(result: Any) -> float:
 
 def _first_error(grid: Any) -> str:
     errors = [str(error) for error in grid.errors]
-    lines = errors[0].strip().splitlines() if errors else []
-    return lines[-1] if lines else "the time budget ended first; allow more with --budget"
+    return errors[0].strip().splitlines()[-1]
 
 
 def _distribution(dimension: Any) -> Any:

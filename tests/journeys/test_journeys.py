@@ -1,0 +1,319 @@
+"""Raw events → features → search → models → registry → REST answers, as a user's own tables go through it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+from assay_features.schema import read_schema
+from assay_pipelines.console import Reporter
+from assay_pipelines.options import RunOptions, RunReport
+from assay_pipelines.tracking import open_registry
+from assay_pipelines.wiring import run_application
+from assay_platform.config import Config, Paths
+
+pytestmark = [pytest.mark.ray, pytest.mark.services]
+
+FRAUD_METRICS = {
+    "auc",
+    "average_precision",
+    "recall_at_fpr_0.003",
+    "precision_at_fpr_0.003",
+    "prevalence",
+    "brier",
+    "ece",
+}
+RECOMMEND_METRICS = {"ndcg_at_10", "recall_at_10", "recall_at_20", "coverage", "diversity", "novelty"}
+
+
+def options(config: Config, application: str, files: tuple[Path, Path], **changes: Any) -> RunOptions:
+    table, schema = files
+    return replace(
+        RunOptions(
+            config=config, application=application, data=str(table), table=table, schema=read_schema(schema),
+            schema_folder=schema.parent, model_name=f"{application}-own", budget_s=120.0, max_trials=2,
+        ),
+        **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("journey")
+    return Config(paths=Paths(home=folder / "home", cache=folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tables", Path(__file__).parents[1] / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    folder = tmp_path_factory.mktemp("tables")
+    tables.fraud_frame().to_csv(folder / "payments.csv", index=False)
+    (folder / "payments.toml").write_text(tables.FRAUD_SCHEMA)
+    tables.interactions_frame().to_csv(folder / "clicks.csv", index=False)
+    items = {"item_id": [f"i{i}" for i in range(60)], "title": [f"Item {i}" for i in range(60)]}
+    pd.DataFrame({**items, "genre": [f"taste{i % 4}" for i in range(60)]}).to_csv(folder / "items.csv", index=False)
+    (folder / "clicks.toml").write_text(tables.RECOMMEND_SCHEMA)
+    return {
+        "fraud": (folder / "payments.csv", folder / "payments.toml"),
+        "recommend": (folder / "clicks.csv", folder / "clicks.toml"),
+    }
+
+
+@pytest.fixture(scope="module")
+def fraud_report(home: Config, files: dict[str, tuple[Path, Path]], ray_session: str) -> RunReport:
+    return run_application(options(home, "fraud", files["fraud"]), Reporter())
+
+
+@pytest.fixture(scope="module")
+def recommend_report(home: Config, files: dict[str, tuple[Path, Path]], ray_session: str) -> RunReport:
+    return run_application(options(home, "recommend", files["recommend"]), Reporter())
+
+
+def test_a_fraud_run_reports_the_contract_and_learned_the_signal(fraud_report: RunReport) -> None:
+    report = fraud_report.to_dict()
+    assert report["model"] == {"name": "fraud-own", "version": 1, "alias": "champion"}
+    assert report["metrics"].keys() >= FRAUD_METRICS
+    assert report["baselines"]["lightgbm"].keys() >= FRAUD_METRICS
+    assert report["timings_s"].keys() >= {"features", "tune", "train"}
+    assert report["metrics"]["auc"] > 0.7
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_recommend_run_reports_the_contract_and_beats_popularity(recommend_report: RunReport) -> None:
+    report = recommend_report.to_dict()
+    assert report["model"] == {"name": "recommend-own", "version": 1, "alias": "champion"}
+    assert report["metrics"].keys() >= RECOMMEND_METRICS
+    assert report["metrics"]["ndcg_at_10"] > report["baselines"]["popularity"]["ndcg_at_10"]
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_run_trials_and_fingerprint_are_in_mlflow(home: Config, fraud_report: RunReport) -> None:
+    from assay_platform.tracking.client import open_client
+
+    client = open_client(home.tracking_uri)
+    run = client.get_run(fraud_report.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert len(run.data.tags["assay.data_sha256"]) > 64
+    assert run.data.metrics["lightgbm.auc"] == fraud_report.baselines["lightgbm"]["auc"]
+    parent = f"tags.mlflow.parentRunId = '{fraud_report.mlflow_run_id}'"
+    assert len(client.search_runs([run.info.experiment_id], parent)) == 2
+
+
+def test_the_model_loads_with_mlflow_and_pickles_refused(home: Config, fraud_report: RunReport) -> None:
+    import mlflow
+    from assay_platform.tracking.client import open_client
+
+    open_client(home.tracking_uri)
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    model = mlflow.pyfunc.load_model("models:/fraud-own@champion")
+    names = [column.name for column in model.metadata.get_input_schema().inputs]
+    kinds = {c.name: c.type.name for c in model.metadata.get_input_schema().inputs}
+    frame = pd.DataFrame({n: ["alpha"] if kinds[n] == "string" else [1.0] for n in names})
+    assert 0 < float(model.predict(frame)[0]) < 1
+
+
+@pytest.fixture(scope="module")
+def service(home: Config, fraud_report: RunReport, recommend_report: RunReport) -> Iterator[httpx.Client]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "ASSAY_HOME": str(home.paths.home)}
+    process = subprocess.Popen([sys.executable, "-m", "assay_services", "--port", str(port)], env=environment)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        try:
+            if len(client.get("/v1/models").json()["models"]) == 2:
+                break
+        except httpx.HTTPError:
+            time.sleep(0.3)
+    yield client
+    client.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+
+
+def payment(files: dict[str, tuple[Path, Path]], **changes: Any) -> dict[str, Any]:
+    row = pd.read_csv(files["fraud"][0]).iloc[-1].to_dict()
+    row = {k: (None if isinstance(v, float) and np.isnan(v) else v) for k, v in row.items()}
+    return {**row, "datetime": int(row["datetime"]) + 60, **changes}
+
+
+def test_scores_decisions_and_reasons_add_up(service: httpx.Client, files: dict[str, tuple[Path, Path]]) -> None:
+    events = [
+        payment(files),
+        payment(files, card_id="c1", amount=500, provider="gamma"),
+        payment(files, provider="new"),
+    ]
+    body = service.post("/v1/fraud/score", json={"events": events, "explain": True}).json()
+    assert body["model"] == {"name": "fraud-own", "version": 1}
+    plain = service.post("/v1/fraud/score", json={"events": events}).json()["scores"]
+    for result, same in zip(body["scores"], plain, strict=True):
+        log_odds = result["base"] + sum(reason["contribution"] for reason in result["reasons"])
+        assert 1 / (1 + np.exp(-log_odds)) == pytest.approx(result["score"], abs=1e-6)
+        assert result["score"] == pytest.approx(same["score"], abs=1e-5)
+        assert result["decision"] == ("decline" if result["score"] >= result["threshold"] else "approve")
+    assert body["scores"][0]["id"] == payment(files)["transaction_id"]
+    assert body["scores"][1]["score"] > body["scores"][0]["score"] or body["scores"][0]["score"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"amount": "much"}, "events[0].amount"),
+        ({"datetime": "yesterday"}, "events[0].datetime"),
+        ({"card_id": "9" * 300}, "events[0].card_id"),
+        ({"card_id": [1]}, "events[0].card_id"),
+        ({"datetime": None}, "events[0].datetime"),
+        ({"amount": 10**400}, "events[0].amount"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]], change: dict[str, Any], named: str
+) -> None:
+    response = service.post("/v1/fraud/score", json={"events": [payment(files, **change)]})
+    assert response.status_code == 422
+    assert named in response.json()["detail"]
+
+
+def test_infinity_and_a_missing_column_are_named(service: httpx.Client, files: dict[str, tuple[Path, Path]]) -> None:
+    record = payment(files)
+    del record["amount"]
+    assert "events[0].amount" in service.post("/v1/fraud/score", json={"events": [record]}).json()["detail"]
+    raw = json.dumps({"events": [payment(files, amount=float("inf"))]})
+    headers = {"content-type": "application/json"}
+    response = service.post("/v1/fraud/score", content=raw, headers=headers)
+    assert response.status_code == 422
+    assert "finite" in response.json()["detail"]
+
+
+def test_an_event_changes_the_features_within_500_ms(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]]
+) -> None:
+    def count(card: str) -> float:
+        scored = service.post("/v1/fraud/score", json={"events": [payment(files, card_id=card)], "explain": True})
+        reasons = {r["feature"]: r["value"] for r in scored.json()["scores"][0]["reasons"]}
+        return float(scored.json()["scores"][0]["score"]), reasons  # type: ignore[return-value]
+
+    before = count("fresh-card")
+    began = time.perf_counter()
+    for offset in range(5):
+        sent = payment(files, card_id="fresh-card", amount=900, datetime=int(payment(files)["datetime"]) - 30 + offset)
+        answer = service.post("/v1/events", json={"events": [sent]})
+        assert answer.status_code == 202
+        assert answer.json()["accepted"] == {"fraud": 1}
+    elapsed_s = time.perf_counter() - began
+    assert elapsed_s / 5 < 0.5
+    assert count("fresh-card") != before
+
+
+def test_recommendations_for_known_new_and_just_seen_users(service: httpx.Client) -> None:
+    known = service.post("/v1/recommend", json={"user_id": "u1", "k": 5}).json()
+    assert not known["cold_start"]
+    assert len(known["items"]) == 5
+    assert all(item["title"].startswith("Item ") and item["reason"] for item in known["items"])
+    assert [i["score"] for i in known["items"]] == sorted((i["score"] for i in known["items"]), reverse=True)
+    assert service.post("/v1/recommend", json={"user_id": "nobody", "k": 5}).json()["cold_start"]
+    seen = [f"i{4 * k + 1}" for k in range(6)]  # taste 1
+    events = [
+        {"user_id": "newcomer", "item_id": i, "timestamp": 1_800_000_000 + n, "rating": 5} for n, i in enumerate(seen)
+    ]
+    assert service.post("/v1/events", json={"events": events}).json()["accepted"] == {"recommend": 6}
+    after = service.post("/v1/recommend", json={"user_id": "newcomer", "k": 5}).json()
+    assert not after["cold_start"]
+    items = [item["item_id"] for item in after["items"]]
+    assert not set(items) & set(seen)
+    assert sum(int(item[1:]) % 4 == 1 for item in items) >= 3
+    everything = service.post("/v1/recommend", json={"user_id": "newcomer", "k": 1000, "exclude_seen": False}).json()
+    assert len(everything["items"]) == 60
+
+
+def test_events_that_fit_no_model_are_refused_and_change_nothing(service: httpx.Client) -> None:
+    response = service.post("/v1/events", json={"events": [{"colour": "red"}]})
+    assert response.status_code == 422
+    assert "fraud" in response.json()["detail"]
+    assert "recommend" in response.json()["detail"]
+
+
+def test_promote_and_rollback_under_load_fail_no_request(
+    service: httpx.Client, home: Config, files: dict[str, tuple[Path, Path]], ray_session: str
+) -> None:
+    second = run_application(options(home, "fraud", files["fraud"], seed=7), Reporter())
+    assert second.version == 2
+    base_url, stop = str(service.base_url), threading.Event()
+    statuses: list[int] = []
+    versions: list[int] = []
+
+    def load() -> None:
+        with httpx.Client(base_url=base_url, timeout=30) as client:
+            while not stop.is_set():
+                response = client.post("/v1/fraud/score", json={"events": [payment(files)]})
+                statuses.append(response.status_code)
+                versions.append(response.json().get("model", {}).get("version", -1))
+
+    def wait_for(version: int) -> None:
+        deadline = time.monotonic() + 30
+        while versions[-1:] != [version]:
+            assert time.monotonic() < deadline, f"version {version} never answered"
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    registry = open_registry(home)
+    try:
+        start = registry.version_of("fraud-own")
+        other = 1 if start == 2 else 2
+        registry.promote("fraud-own", other, reason="journey")
+        wait_for(other)
+        assert registry.rollback("fraud-own") == (other, start)
+        wait_for(int(start or 0))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert set(statuses) == {200}
+    assert set(versions) == {1, 2}
+
+
+def test_a_taken_port_is_said(service: httpx.Client, home: Config) -> None:
+    port = str(service.base_url.port)
+    environment = {**os.environ, "ASSAY_HOME": str(home.paths.home)}
+    command = [sys.executable, "-m", "assay_services", "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_same_run_as_a_ray_job(
+    ray_session: str, home: Config, files: dict[str, tuple[Path, Path]], fraud_report: RunReport
+) -> None:
+    table, schema = files["fraud"]
+    command = [sys.executable, "-m", "assay_pipelines.cli", "run", "fraud", "--data", str(table)]
+    command += ["--schema", str(schema), "--name", "fraud-job", "--budget", "120", "--json", "--submit", ray_session]
+    environment = {**os.environ, "ASSAY_HOME": str(home.paths.home)}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(lines[-1])["model"] == {"name": "fraud-job", "version": 1, "alias": "champion"}
+    assert open_registry(home).version_of("fraud-job") == 1

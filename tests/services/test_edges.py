@@ -1,0 +1,180 @@
+"""Keys, limits and the swap of models, without training anything."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from assay_platform.config import Config
+from assay_platform.errors import ConfigError, RegistryError
+from assay_platform.monitoring.metrics import ServiceMetrics
+from assay_services.app import create_app, make_dependencies
+from assay_services.auth import KeyStore
+from assay_services.hot_swap import Slot
+from assay_services.limits import TokenBucket
+from assay_services.problems import ProblemError
+from fastapi.testclient import TestClient
+
+
+@pytest.fixture
+def client(config: Config) -> TestClient:
+    """The real application over an empty registry; not started, so nothing polls."""
+    return TestClient(create_app(make_dependencies(config)), raise_server_exceptions=False)
+
+
+def is_problem(response: Any, status: int, text: str) -> bool:
+    body = response.json()
+    return bool(
+        response.status_code == status
+        and response.headers["content-type"] == "application/problem+json"
+        and body["status"] == status
+        and {"type", "title", "detail"} <= body.keys()
+        and text in body["detail"]
+    )
+
+
+def test_without_a_model_every_route_says_when_to_come_back(client: TestClient) -> None:
+    for path, body in (
+        ("/v1/fraud/score", {"events": [{}]}),
+        ("/v1/recommend", {"user_id": "u"}),
+        ("/v1/events", {"events": [{}]}),
+    ):
+        response = client.post(path, json=body)
+        assert is_problem(response, 503, "model is loaded")
+        assert int(response.headers["retry-after"]) > 0
+    assert is_problem(client.get("/readyz"), 503, "no model")
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/v1/models").json() == {"models": []}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/fraud/score", {}, "events"),
+        ("/v1/fraud/score", {"events": []}, "events"),
+        ("/v1/fraud/score", {"events": "x"}, "events"),
+        ("/v1/fraud/score", {"events": [1]}, "events.0"),
+        ("/v1/fraud/score", {"events": [{}], "explian": True}, "explian"),
+        ("/v1/recommend", {"user_id": None}, "user_id"),
+        ("/v1/recommend", {"user_id": "u", "k": 0}, "k"),
+        ("/v1/recommend", {"user_id": "u", "k": 100_000}, "k"),
+        ("/v1/events", {"events": [{}], "application": "chess"}, "application"),
+    ],
+)
+def test_a_body_that_does_not_fit_names_the_field(client: TestClient, path: str, body: object, field: str) -> None:
+    response = client.post(path, json=body)
+    assert is_problem(response, 422, field)
+    assert response.json()["errors"][0]["field"].startswith(field)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"", b"nul"])
+def test_what_is_no_json_is_refused(client: TestClient, content: bytes) -> None:
+    response = client.post("/v1/fraud/score", content=content, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+def test_a_body_of_10_mb_is_refused_with_and_without_a_length(client: TestClient) -> None:
+    large = b'{"events": ["' + b"x" * 10_000_000 + b'"]}'
+    assert is_problem(client.post("/v1/fraud/score", content=large), 413, "larger than 1048576 bytes")
+    chunks = (large[i : i + 65_536] for i in range(0, len(large), 65_536))
+    assert is_problem(client.post("/v1/fraud/score", content=chunks), 413, "larger than")
+
+
+def test_more_events_than_allowed_are_refused(client: TestClient) -> None:
+    response = client.post("/v1/fraud/score", json={"events": [{}] * 1001})
+    assert is_problem(response, 422, "1001 in one request; at most 1000")
+
+
+def test_unknown_routes_and_methods_are_problems_too(client: TestClient) -> None:
+    assert is_problem(client.get("/v2"), 404, "Not Found")
+    assert is_problem(client.get("/v1/recommend"), 405, "Method Not Allowed")
+
+
+def test_metrics_count_requests_by_route_template_not_by_path(client: TestClient) -> None:
+    client.get("/v1/models")
+    client.get("/etc/passwd")
+    text = client.get("/metrics").text
+    assert 'assay_requests_total{method="GET",route="/v1/models",status="200"} 1.0' in text
+    assert "passwd" not in text
+
+
+def test_with_keys_a_missing_or_wrong_one_is_401(config: Config) -> None:
+    key = KeyStore(config.paths.api_keys).create("shop")
+    client = TestClient(create_app(make_dependencies(config)))
+    assert is_problem(client.get("/v1/models"), 401, "key is missing")
+    assert is_problem(client.get("/v1/models", headers={"x-api-key": "guess"}), 401, "key is wrong")
+    assert client.get("/v1/models", headers={"x-api-key": key}).status_code == 200
+    assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    assert client.get("/healthz").status_code == 200
+
+
+def test_keys_are_kept_as_hashes_for_the_owner_alone(config: Config) -> None:
+    key = KeyStore(config.paths.api_keys).create("shop")
+    assert key not in config.paths.api_keys.read_text()
+    assert config.paths.api_keys.stat().st_mode & 0o077 == 0
+    config.paths.api_keys.write_text("{")
+    with pytest.raises(ConfigError, match="not a readable key file"):
+        KeyStore(config.paths.api_keys)
+
+
+def test_the_bucket_refuses_beyond_its_rate_and_refills() -> None:
+    now = [0.0]
+    bucket = TokenBucket(2.0, clock=lambda: now[0])
+    assert [bucket.take() for _ in range(3)] == [True, True, False]
+    now[0] = 0.5
+    assert [bucket.take() for _ in range(2)] == [True, False]
+
+
+class FakeRegistry:
+    """An alias that moves; version 13 cannot be downloaded."""
+
+    version: int | None = None
+
+    def newest_champion(self, application: str) -> str | None:
+        return "model" if self.version else None
+
+    def version_of(self, name: str, alias: str) -> int | None:
+        return self.version
+
+    def download(self, name: str, version: int) -> Path:
+        if version == 13:
+            raise RegistryError("no such artifact")
+        return Path(str(version))
+
+
+def test_a_slot_follows_the_alias_and_survives_a_broken_version() -> None:
+    registry, metrics = FakeRegistry(), ServiceMetrics()
+    slot: Slot[str] = Slot("fraud", lambda name, folder: f"{name} {folder}", metrics)
+    assert not slot.refresh(registry)  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="no fraud model"):
+        slot.require()
+    for version, answers in ((1, "model 1"), (2, "model 2"), (13, "model 2"), (1, "model 1")):
+        registry.version = version
+        slot.refresh(registry)  # type: ignore[arg-type]
+        assert slot.require().model == answers
+    text = metrics.render().decode()
+    assert 'assay_model_swaps_total{application="fraud",outcome="failed"} 1.0' in text
+    assert 'assay_model_version{application="fraud",model="model"} 1.0' in text
+
+
+def test_requests_during_a_slow_load_are_answered_by_the_old_version() -> None:
+    registry, release = FakeRegistry(), threading.Event()
+
+    def load(name: str, folder: Path) -> str:
+        if str(folder) == "2":
+            release.wait(10)
+        return str(folder)
+
+    slot: Slot[str] = Slot("fraud", load, ServiceMetrics())
+    registry.version = 1
+    slot.refresh(registry)  # type: ignore[arg-type]
+    registry.version = 2
+    loading = threading.Thread(target=slot.refresh, args=(registry,))
+    loading.start()
+    time.sleep(0.05)
+    assert slot.require().model == "1"
+    release.set()
+    loading.join()
+    assert slot.require().model == "2"
