@@ -14,7 +14,7 @@ from pathlib import Path
 
 from assay_features.schema import FraudSchema, RecommendSchema, Schema, read_schema
 from assay_platform.config import Config, load_config
-from assay_platform.errors import InputError, WorkError
+from assay_platform.errors import InputError
 
 from assay_pipelines.console import Reporter, complain, say
 from assay_pipelines.options import RunOptions, RunReport
@@ -192,8 +192,13 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
             shutil.copyfile(call.schema, folder / call.schema.name)
             command += ["--data", options.table.name, "--schema", call.schema.name]
             items = getattr(options.schema, "items", None)
-            if items is not None:
-                shutil.copyfile(options.schema_folder / items.path, folder / Path(items.path).name)
+            if items is not None and not Path(items.path).is_absolute():
+                if ".." in Path(items.path).parts:
+                    raise InputError(
+                        f"[items] path = {items.path!r}: --submit sends files from the schema's folder down"
+                    )
+                (folder / items.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(options.schema_folder / items.path, folder / items.path)
         environment = {
             "ASSAY_HOME": str(config.paths.home.resolve()),
             "XDG_CACHE_HOME": str(config.paths.cache.parent),
@@ -259,25 +264,26 @@ def _models(call: argparse.Namespace, config: Config) -> int:
 
 
 def _ui(call: argparse.Namespace, config: Config) -> int:
-    """MLflow's own page over our store."""
+    """Replace this process by MLflow's own server over our store, so that signals reach it directly."""
+    import socket
+
     from assay_platform.tracking.client import configure_mlflow
 
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((call.host, call.port))
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {call.host}:{call.port} ({error.strerror}); choose another --port"
+            ) from error
     configure_mlflow()
     config.paths.home.mkdir(parents=True, exist_ok=True)
     say(f"MLflow on http://{call.host}:{call.port}  (Ctrl-C stops it)")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", call.host, "--port", str(call.port),
-               "--backend-store-uri", config.tracking_uri,
-               "--default-artifact-root", (config.paths.home / "artifacts").as_uri(), "--workers", "1"]  # fmt: skip
-    server = subprocess.Popen(command)
-    try:
-        code = server.wait()
-    except KeyboardInterrupt:
-        server.terminate()
-        server.wait(timeout=10)
-        return 0
-    if code != 0:
-        raise WorkError(f"the MLflow server ended with exit code {code}; is port {call.port} taken?")
-    return 0
+    arguments = [sys.executable, "-m", "mlflow", "server", "--host", call.host, "--port", str(call.port),
+                 "--backend-store-uri", config.tracking_uri,
+                 "--default-artifact-root", (config.paths.home / "artifacts").as_uri(), "--workers", "1"]  # fmt: skip
+    os.execv(sys.executable, arguments)  # noqa: S606 - our own interpreter and module
 
 
 def _doctor(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
