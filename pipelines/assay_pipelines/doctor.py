@@ -107,9 +107,7 @@ def _store(config: Config) -> Finding:
     names = sorted(path.parent.name for path in folder.glob("*/feature_store.yaml"))
     for name in names:
         try:
-            FeatureRepository(
-                folder / name, "".join(c if c.isalnum() else "_" for c in name)
-            ).store.list_feature_views()
+            FeatureRepository(folder / name).store.list_feature_views()
         except (AssayError, OSError, ValueError) as error:
             return Finding(False, f"feature store {name}: {error}", f"delete {folder / name} and run again")
     return Finding(True, f"feature store: {len(names)} repositories opened" if names else "feature store: empty yet")

@@ -66,8 +66,7 @@ class _Repositories:
 
     def get(self, name: str) -> FeatureRepository:
         if name not in self._open:
-            project = "".join(c if c.isalnum() else "_" for c in name)
-            self._open[name] = FeatureRepository(self.root / name, project)
+            self._open[name] = FeatureRepository(self.root / name)
         return self._open[name]
 
 

@@ -123,7 +123,7 @@ def events() -> Events:
 
 
 def publish(folder: Path, events: Events) -> FeatureRepository:
-    repository = FeatureRepository(folder, "test")
+    repository = FeatureRepository(folder)
     values = features_at(PLAN, events, events)
     states = {entity: final_states(PLAN, entity, events) for entity in PLAN.entities}
     repository.publish(PLAN, value_frames(PLAN, events, values), states)
@@ -154,7 +154,7 @@ def test_an_added_event_shows_in_the_next_read_and_survives_a_restart(tmp_path: 
     online.add(second)
     keys = [f"c{k}" for k in range(1, 20)]
     later = np.full(len(keys), int(events.time_us.max()) + 60_000_000)
-    reopened = FeatureRepository(tmp_path / "half", "test").online(PLAN)
+    reopened = FeatureRepository(tmp_path / "half").online(PLAN)
     streamed, whole = reopened.read({"card": keys}, later), repository.online(PLAN).read({"card": keys}, later)
     for name, expected in whole.values.items():
         np.testing.assert_allclose(streamed.values[name], expected, rtol=1e-9, err_msg=name)

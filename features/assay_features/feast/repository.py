@@ -44,12 +44,13 @@ class FeatureRepository:
     Thread-safe: reads and writes of the online store are serialised, as Feast shares one SQLite connection.
     """
 
-    def __init__(self, folder: Path, project: str) -> None:
-        """folder: where `feature_store.yaml`, registry, online store and Parquet files live."""
+    def __init__(self, folder: Path) -> None:
+        """folder: where `feature_store.yaml`, registry, online store and Parquet files live; named as the model."""
         self.folder = folder
         self._lock = RLock()
         config = {
-            "project": project,
+            # Feast allows letters, digits and underscores.
+            "project": "".join(c if c.isalnum() else "_" for c in folder.name),
             "provider": "local",
             "registry": {"path": "registry.db", "cache_ttl_seconds": 0},
             "offline_store": {"type": CLASS_PATH},

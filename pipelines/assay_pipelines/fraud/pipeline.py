@@ -101,7 +101,7 @@ class Prepared:
         with reporter.stage("features", "Publish to Feast, retrieve") as stage:
             from assay_features.feast.repository import FeatureRepository, value_frames
 
-            repository = FeatureRepository(options.feature_repository, feast_project(options.model_name))
+            repository = FeatureRepository(options.feature_repository)
             repository.publish(self.plan, value_frames(self.plan, self.events, values), states)
             history = repository.training_features(self.plan, self.events)
             num_keys = sum(len(s.keys) for s in states.values())
@@ -120,11 +120,6 @@ class Prepared:
             train=LabelledRows(train.rows.rows(newest), train.labels[newest]),
             validation=LabelledRows(validation.rows.rows(newest_held), validation.labels[newest_held]),
         )
-
-
-def feast_project(model_name: str) -> str:
-    """Feast allows letters, digits and underscores."""
-    return "".join(c if c.isalnum() else "_" for c in model_name)
 
 
 def time_split(events: Events, split: Split, table: LoadedTable) -> tuple[Rows, Rows, Rows]:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from assay_pipelines.console import Reporter
 from assay_pipelines.datasets.table import load_items, load_table
-from assay_pipelines.fraud.pipeline import feast_project
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.recommend.baseline import measure_baselines
@@ -156,7 +155,7 @@ class Prepared:
             item_only = type(self.plan)(self.plan.of_entity(self.schema.item))
             values = features_at(item_only, events, spine)
             states = {entity: final_states(self.plan, entity, events) for entity in self.plan.entities}
-            repository = FeatureRepository(self._options.feature_repository, feast_project(self._options.model_name))
+            repository = FeatureRepository(self._options.feature_repository)
             frames = value_frames(item_only, spine, values)
             repository.publish(self.plan, frames, states)
             history = repository.training_features(self.plan, spine)
