@@ -137,7 +137,10 @@ def _guarded(call: argparse.Namespace) -> int:
         return 1
     except KeyboardInterrupt:
         complain("assay: stopped")
-        return 130
+        # Every block has cleaned up on the way here. Ray's native threads, cut off in the middle of starting or
+        # stopping, can crash a regular interpreter shutdown, so the process ends at once.
+        sys.stdout.flush()
+        os._exit(130)
     except BrokenPipeError:
         # The reader of our output has gone; point stdout elsewhere so that its flush at exit stays silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

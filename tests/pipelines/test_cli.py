@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one line of error, no traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,3 +73,35 @@ def test_an_unknown_model_fails_with_exit_code_1(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert "nothing" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("after", ["Encode", "Start Ray"])
+def test_ctrl_c_stops_cleanly_with_exit_code_130(tmp_path: Path, fraud_files: tuple[Path, Path], after: str) -> None:
+    table, schema = fraud_files
+    command = [
+        sys.executable,
+        "-m",
+        "assay_pipelines.cli",
+        "run",
+        "fraud",
+        "--data",
+        str(table),
+        "--schema",
+        str(schema),
+    ]
+    environment = {**os.environ, "ASSAY_HOME": str(tmp_path)}
+    # A terminal sends Ctrl-C to the whole foreground group; a shell's background job would ignore it.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(after):
+            break
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert "assay: stopped" in rest
+    assert "Traceback" not in rest
