@@ -75,7 +75,7 @@ def test_an_unknown_model_fails_with_exit_code_1(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("after", ["Encode", "Start Ray"])
+@pytest.mark.parametrize("after", ["Encode"])
 def test_ctrl_c_stops_cleanly_with_exit_code_130(tmp_path: Path, fraud_files: tuple[Path, Path], after: str) -> None:
     table, schema = fraud_files
     command = [
