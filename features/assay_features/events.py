@@ -16,6 +16,8 @@ from assay_platform.errors import DataError
 from numpy.typing import NDArray
 
 MAX_KEY_LENGTH = 256
+# Joins the parts of a composite key or a cross; canonical keys cannot contain it, so parts stay apart.
+KEY_SEPARATOR = "\x1f"
 _INTEGRAL_FLOAT = re.compile(r"-?\d+\.0+")
 # Whole years 1 to 9999, what ISO 8601 can write.
 _MIN_TIME_S, _MAX_TIME_S = -62_135_596_800.0, 253_402_300_799.0
@@ -75,6 +77,8 @@ def canonical_key(value: Any) -> str | None:
         raise ValueError(f"{type(value).__name__} is not a string or a number")
     if len(text) > MAX_KEY_LENGTH:
         raise ValueError(f"has {len(text)} characters; at most {MAX_KEY_LENGTH} are allowed")
+    if KEY_SEPARATOR in text:
+        raise ValueError("contains the control character U+001F, which is not allowed")
     if _INTEGRAL_FLOAT.fullmatch(text):
         text = text.partition(".")[0]
     return text or None

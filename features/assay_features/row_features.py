@@ -5,41 +5,97 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from assay_platform.errors import DataError
 
-from assay_features.definitions import Calendar, Cross, FeaturePlan
-from assay_features.events import Events, Keys
+from assay_features.definitions import Calendar, Cross, FeaturePlan, Ratio
+from assay_features.embeddings import EmbeddingTable
+from assay_features.events import KEY_SEPARATOR, Events, Keys
 from assay_features.state import Floats, Times
 
 _HOUR_US = 3_600_000_000
 # 1970-01-01 was a Thursday.
 _EPOCH_WEEKDAY = 3.0
-# Not part of any value that people type, so that ('a', 'b_c') and ('a_b', 'c') stay apart.
-_SEPARATOR = "\x1f"
 
 
-def cross_column(cross: Cross, keys: Mapping[str, Keys]) -> Keys:
-    """One category a row; None where any part is missing."""
-    columns = [keys[name] for name in cross.columns]
-    out = np.empty(len(columns[0]), dtype=object)
-    for i, parts in enumerate(zip(*columns, strict=True)):
-        if None in parts:
-            continue
-        text = _SEPARATOR.join(parts)
-        out[i] = str(zlib.crc32(text.encode()) % cross.num_buckets) if cross.num_buckets else text
+def cross_column(cross: Cross, columns: Mapping[str, Any]) -> Keys:
+    """One category a row; None where any part is missing.
+
+    Raises:
+        DataError: a part is neither a column nor a feature, or is a number without edges.
+    """
+    edges = cross.edges or ((),) * len(cross.columns)
+    parts = [_cross_part(columns, name, cuts) for name, cuts in zip(cross.columns, edges, strict=True)]
+    out = np.empty(len(parts[0]), dtype=object)
+    for i, row in enumerate(zip(*parts, strict=True)):
+        if None not in row:
+            text = KEY_SEPARATOR.join(row)
+            out[i] = str(zlib.crc32(text.encode()) % cross.num_buckets) if cross.num_buckets else text
     return out
 
 
+def _cross_part(columns: Mapping[str, Any], name: str, edges: tuple[float, ...]) -> Keys:
+    values = np.asarray(_named(columns, name))
+    if edges:
+        numbers = values.astype(np.float64)
+        buckets = np.searchsorted(np.asarray(edges), numbers, side="right").astype(str).astype(object)
+        return np.where(np.isnan(numbers), None, buckets)  # type: ignore[call-overload,no-any-return]
+    if values.dtype != object:
+        raise DataError(f"cross of {name!r}: it is a number; give edges to put it into buckets")
+    return values
+
+
+def ratio_column(ratio: Ratio, columns: Mapping[str, Any]) -> Floats:
+    """One number over another; missing where either is, or the denominator is 0."""
+    numerator = np.asarray(_named(columns, ratio.numerator), dtype=np.float64)
+    denominator = np.asarray(_named(columns, ratio.denominator), dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        value: Floats = numerator / denominator
+    value[~np.isfinite(value)] = np.nan
+    return value
+
+
+def _named(columns: Mapping[str, Any], name: str) -> Any:
+    if name not in columns:
+        raise DataError(f"{name!r} is neither a column of the events nor a numeric feature of the plan")
+    return columns[name]
+
+
 def calendar_column(calendar: Calendar, time_us: Times) -> Floats:
-    """Hours of the day or days of the week, with fractions."""
-    hours = time_us / _HOUR_US
-    return hours % 24 if calendar.part == "hour" else (hours / 24 + _EPOCH_WEEKDAY) % 7
+    """Hours of the day or days of the week, with fractions, on the clocks of the time zone."""
+    local_us = time_us
+    if calendar.timezone != "UTC":
+        moments = pd.DatetimeIndex(time_us.astype("datetime64[us]"), tz="UTC").tz_convert(calendar.timezone)
+        local_us = np.asarray(moments.tz_localize(None)).astype("datetime64[us]").astype(np.int64)
+    # Whole days go first: hours since 1970 have too few digits left for microseconds.
+    day, within_us = np.divmod(local_us, 24 * _HOUR_US)
+    hours: Floats = within_us / _HOUR_US
+    return hours if calendar.part == "hour" else (day + _EPOCH_WEEKDAY) % 7 + hours / 24
 
 
-def model_columns(plan: FeaturePlan, events: Events, history: Mapping[str, Floats]) -> dict[str, Any]:
-    """Everything that a model may name: the event's own columns, its history, calendar and crosses."""
+def model_columns(
+    plan: FeaturePlan,
+    events: Events,
+    history: Mapping[str, Floats],
+    tables: Mapping[str, EmbeddingTable] | None = None,
+) -> dict[str, Any]:
+    """Everything that a model may name: the event's own columns, its history, and the features of the row.
+
+    tables: the trained tables of the plan's embeddings, by digest.
+
+    Raises:
+        DataError: a feature of the row names what is not there.
+    """
     columns: dict[str, Any] = {**events.numbers, **events.keys, **history}
     for calendar in plan.calendar:
         columns[calendar.name] = calendar_column(calendar, events.time_us)
+    for ratio in plan.ratios:
+        columns[ratio.name] = ratio_column(ratio, columns)
+    for embedding in plan.embeddings:
+        if tables is None or embedding.table not in tables:
+            raise DataError(f"feature {embedding.name!r}: its table {embedding.table} is not there")
+        vectors = tables[embedding.table].apply(_named(events.keys, embedding.column))
+        columns.update(zip(embedding.names, vectors.T, strict=True))
     for cross in plan.crosses:
-        columns[cross.name] = cross_column(cross, events.keys)
+        columns[cross.name] = cross_column(cross, columns)
     return columns

@@ -1,72 +1,67 @@
 """What is remembered of an entity, and how features are read from it: the part that batch and stream share.
 
-A state is one vector of float64, laid out by `StateLayout`:
-
-    [ last event time (µs), NaN if none
-    | one slot a Decay: its value at the last event time
-    | one slot a Latest
-    | for each (length, tiles) group of windows: the newest tile's number, then for each component its ring
-      of tiles: tile number k lives in slot k mod tiles ]
-
-A component is Σ value^power over a tile, power 0 (how many), 1 or 2; windows of the same length over the same
-column share components. Everything is closed-form, so reading at a later time needs no upkeep in between.
+`StateLayout` lays the features of one entity out as one row of float64 (`kernels.Program`) and turns events into the
+numeric inputs that the compiled loops take. Everything is closed-form, so reading at a later time needs no upkeep in
+between. Features and filters over the same column share their inputs and tiles.
 """
 
-# N rows (entities), S length of a state, J tiles of a window
+# N events or states, C inputs, S slots of a state, F features
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
+from assay_platform.errors import DataError
 from numpy.typing import NDArray
 
-from assay_features.definitions import Decay, EntityFeature, Latest, SinceLatest, Window
+from assay_features import kernels
+from assay_features.definitions import (
+    CALENDAR_COLUMNS,
+    Calendar,
+    Decay,
+    Entity,
+    EntityFeature,
+    Latest,
+    SinceLatest,
+    Where,
+    Window,
+    entity_columns,
+)
+from assay_features.events import KEY_SEPARATOR, Events, Keys
+from assay_features.kernels import HEADER, LAST_TIME, POSITION, Program
 
 Floats = NDArray[np.float64]
 Times = NDArray[np.int64]
+Index = NDArray[np.int64]
+_Array = TypeVar("_Array", bound=NDArray[Any])
 
-# A variance below this fraction of the mean square is rounding, not spread.
-_VARIANCE_FLOOR = 1e-9
-_POWERS = {"count": (0,), "sum": (1,), "mean": (0, 1), "std": (0, 1, 2)}
-LAST_TIME = 0
+_TILED = {
+    "count": kernels.TILE_COUNT, "sum": kernels.TILE_SUM, "mean": kernels.TILE_MEAN, "std": kernels.TILE_STD,
+    "min": kernels.TILE_MIN, "max": kernels.TILE_MAX, "rate": kernels.TILE_RATE,
+}  # fmt: skip
+_EXACT = {
+    "count": kernels.EXACT_COUNT, "sum": kernels.EXACT_SUM, "mean": kernels.EXACT_MEAN, "std": kernels.EXACT_STD,
+    "min": kernels.EXACT_MIN, "max": kernels.EXACT_MAX, "rate": kernels.EXACT_RATE,
+}  # fmt: skip
+_COMPONENT = {
+    "count": kernels.COUNT, "sum": kernels.SUM, "min": kernels.MIN, "max": kernels.MAX, "std": kernels.MOMENTS,
+}  # fmt: skip
+_STRIDE = {kernels.MOMENTS: 3}
 
 
 @dataclass(frozen=True)
-class Component:
-    """Σ value^power of one column over the tiles of one window length; column None is the event itself."""
+class _Input:
+    """One number an event gives to the loops: NaN where the event does not count.
+
+    column None: 1 for an event that passes the filter. is_key: a number that stands for a key's value.
+    """
 
     column: str | None
-    power: int
-
-    def contribution(self, values: Floats | None) -> Floats | float:
-        """What events add to a tile: missing values add nothing."""
-        if values is None:
-            return 1.0
-        present = ~np.isnan(values)
-        if self.power == 0:
-            return present.astype(np.float64)
-        filled: Floats = np.where(present, values, 0.0)
-        return filled**self.power
-
-
-@dataclass(frozen=True)
-class TileGroup:
-    """All components of windows with one length and number of tiles. `start` is the slot of the newest tile."""
-
-    length_s: int
-    num_tiles: int
-    start: int
-    components: tuple[Component, ...]
-
-    @property
-    def tile_us(self) -> int:
-        """Width of a tile."""
-        return self.length_s * 1_000_000 // self.num_tiles
-
-    def ring(self, component: Component) -> slice:
-        """Slots of a component's tiles."""
-        first = self.start + 1 + self.components.index(component) * self.num_tiles
-        return slice(first, first + self.num_tiles)
+    where: Where | None
+    is_key: bool = False
 
 
 class StateLayout:
@@ -74,135 +69,255 @@ class StateLayout:
 
     def __init__(self, features: tuple[EntityFeature, ...]) -> None:
         self.features = features
-        self.decays: dict[tuple[str | None, int], int] = {}
-        self.latest: dict[str, int] = {}
-        slot = LAST_TIME + 1
-        for feature in features:
-            if isinstance(feature, Decay) and (feature.column, feature.half_life_s) not in self.decays:
-                self.decays[feature.column, feature.half_life_s] = slot
-                slot += 1
-            if isinstance(feature, Latest) and feature.column not in self.latest:
-                self.latest[feature.column] = slot
-                slot += 1
-        self.groups: dict[tuple[int, int], TileGroup] = {}
-        windows = [f for f in features if isinstance(f, Window)]
-        for length_s, num_tiles in dict.fromkeys((w.length_s, w.num_tiles) for w in windows):
-            components = tuple(
-                dict.fromkeys(
-                    Component(w.column, power)
-                    for w in windows
-                    if (w.length_s, w.num_tiles) == (length_s, num_tiles)
-                    for power in _POWERS[w.aggregate]
-                )
-            )
-            self.groups[length_s, num_tiles] = TileGroup(length_s, num_tiles, slot, components)
-            slot += 1 + num_tiles * len(components)
-        self.size = slot
-        columns = [f.column for f in features if not isinstance(f, SinceLatest)]
-        self.columns = tuple(dict.fromkeys(c for c in columns if c is not None))
+        self._inputs: dict[_Input, int] = {}
+        self._groups: dict[tuple[int, int], int] = {}
+        self._components: dict[tuple[int, int, int], int] = {}  # (group, input, kind)
+        self._decays: dict[tuple[int, int], int] = {}  # (input, half-life)
+        self._latest: dict[tuple[int, int], int] = {}  # (mask, value)
+        self._distinct: dict[tuple[int, int], int] = {}  # (input, capacity)
+        self._buffers: dict[int, dict[int, int]] = {}  # capacity → input → place
+        rows = [self._add(feature) for feature in features]
+        self.program, self.size = self._program(rows)
+        self._where = tuple(dict.fromkeys(i.where for i in self._inputs if i.where is not None))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Feature names in the order of `apply`'s columns."""
         return tuple(feature.name for feature in self.features)
 
-    def empty(self, num_rows: int = 1) -> Floats:
-        """(N, S) states of entities never seen."""
-        states = np.zeros((num_rows, self.size))
-        states[:, LAST_TIME] = np.nan
-        for slot in self.latest.values():
-            states[:, slot] = np.nan
-        return states
+    # ------------------------------------------------------------------ layout
 
-    def update(self, state: Floats, time_us: int, values: Mapping[str, float]) -> Floats:
-        """The state after one more event. Events may come out of order: a late one still counts in every
-        decay, and in every window whose tiles still reach back to it.
+    def _input(self, column: str | None, where: Where | None, *, is_key: bool = False) -> int:
+        return self._inputs.setdefault(_Input(column, where, is_key), len(self._inputs))
+
+    def _component(self, length_s: int, num_tiles: int, column: int, kind: int) -> int:
+        group = self._groups.setdefault((length_s * 1_000_000 // num_tiles, num_tiles), len(self._groups))
+        return self._components.setdefault((group, column, kind), len(self._components))
+
+    def _latest_slot(self, column: str | None, where: Where | None) -> int:
+        mask = self._input(None, where)
+        value = -1 if column is None else self._input(column, where)
+        return self._latest.setdefault((mask, value), len(self._latest))
+
+    def _add(self, feature: EntityFeature) -> tuple[list[int], float]:
+        """The feature's row of the program, and its scale."""
+        if isinstance(feature, Decay):
+            key = (self._input(feature.column, feature.where), feature.half_life_s)
+            return [kernels.DECAY, self._decays.setdefault(key, len(self._decays))], 1.0
+        if isinstance(feature, Latest):
+            return [kernels.LATEST, self._latest_slot(feature.column, feature.where), 0, 0], 1.0
+        if isinstance(feature, SinceLatest):
+            return [kernels.SINCE, self._latest_slot(None, feature.where), 0, 0], 1.0
+        return self._add_window(feature)
+
+    def _add_window(self, window: Window) -> tuple[list[int], float]:
+        window_us = window.length_s * 1_000_000
+        tile_us = 0 if window.max_events else window_us // window.num_tiles
+        if window.aggregate in ("last", "since_last"):
+            column = window.column if window.aggregate == "last" else None
+            kind = kernels.LATEST if window.aggregate == "last" else kernels.SINCE
+            return [kind, self._latest_slot(column, window.where), window_us, tile_us], 1.0
+        if window.aggregate == "distinct":
+            key = (self._input(window.column, window.where, is_key=True), window.max_distinct)
+            return [kernels.DISTINCT, self._distinct.setdefault(key, len(self._distinct)), window_us, tile_us], 1.0
+        column_input = self._input(window.column, window.where)
+        scale = 1.0 if window.against_s is None else window.against_s / window.length_s
+        against_us = 0 if window.against_s is None else window.against_s * 1_000_000
+        if window.max_events:
+            places = self._buffers.setdefault(window.max_events, {})
+            place = places.setdefault(column_input, len(places))
+            buffer = list(self._buffers).index(window.max_events)
+            return [_EXACT[window.aggregate], buffer, place, window_us, against_us], scale
+
+        def component(kind: int, length_s: int = window.length_s) -> int:
+            return self._component(length_s, window.num_tiles, column_input, kind)
+
+        read = _TILED[window.aggregate]
+        if window.aggregate == "mean":
+            return [read, component(kernels.SUM), component(kernels.COUNT)], 1.0
+        if window.against_s is not None:
+            kind = kernels.COUNT if window.column is None else kernels.SUM
+            return [read, component(kind), component(kind, window.against_s)], scale
+        return [read, component(_COMPONENT[window.aggregate])], 1.0
+
+    def _program(self, rows: list[tuple[list[int], float]]) -> tuple[Program, int]:
+        slot = HEADER
+        decays, latest, distinct, buffers = [], [], [], []
+        components: list[list[int]] = []
+        for column, _ in self._decays:
+            decays.append([column, slot])
+            slot += 2
+        for mask, value in self._latest:
+            latest.append([mask, value, slot])
+            slot += 4
+        groups: list[list[int]] = []
+        place_of: dict[int, int] = {}  # components in order of their group, as the loops visit them
+        for g, (tile_us, num_tiles) in enumerate(self._groups):
+            groups.append([tile_us, num_tiles, slot, len(components)])
+            slot += 2
+            for m, (group, column, kind) in enumerate(self._components):
+                if group == g:
+                    stride = _STRIDE.get(kind, 1)
+                    place_of[m] = len(components)
+                    components.append([column, kind, slot, stride])
+                    slot += stride * (num_tiles + 1)
+            groups[-1].append(len(components))
+        for row, _ in rows:
+            if row[0] <= kernels.TILE_RATE:
+                row[1:] = [place_of[m] for m in row[1:]]
+        for column, capacity in self._distinct:
+            distinct.append([column, slot, capacity])
+            slot += 3 * capacity
+        for capacity, places in self._buffers.items():
+            buffers.append([slot, capacity, 1 + len(places)])
+            slot += 1 + capacity * (1 + len(places))
+        widest = max((len(places) for places in self._buffers.values()), default=1)
+        kept = [[*places, *[-1] * (widest - len(places))] for places in self._buffers.values()]
+        program = Program(
+            groups=_table(groups, 5),
+            components=_table(components, 4),
+            decays=_table(decays, 2),
+            half_lives=np.array([half_life_s * 1e6 for _, half_life_s in self._decays]),
+            latest=_table(latest, 3),
+            distinct=_table(distinct, 3),
+            buffers=_table(buffers, 3),
+            buffer_inputs=_table(kept, widest),
+            features=_table([row + [0] * (5 - len(row)) for row, _ in rows], 5),
+            scale=np.array([scale for _, scale in rows]),
+        )
+        return program, slot
+
+    # ------------------------------------------------------------------ events
+
+    def inputs(self, events: Events) -> Floats:
+        """(N, C) what the loops take of N events.
+
+        Raises:
+            DataError: the events lack a column that a feature needs.
         """
-        after = state.copy()
-        last = state[LAST_TIME]
-        is_newest = not time_us < last  # also when there is no last event
-        after[LAST_TIME] = time_us if is_newest else last
-        for (column, half_life_s), slot in self.decays.items():
-            value = 1.0 if column is None else values[column]
-            value = 0.0 if np.isnan(value) else value
-            if np.isnan(last):
-                after[slot] = value
-            elif is_newest:
-                after[slot] = state[slot] * _halvings(time_us - last, half_life_s) + value
+        out = np.empty((len(events), len(self._inputs)))
+        passes = {where: _passes(where, events) for where in self._where}
+        for given, i in self._inputs.items():
+            if given.column is None:
+                values: Floats | float = 1.0
+            elif given.is_key:
+                values = _numbered(_column(events.keys, given.column, "key"))
             else:
-                after[slot] = state[slot] + value * _halvings(last - time_us, half_life_s)
-        if is_newest:
-            for column, slot in self.latest.items():
-                after[slot] = values[column]
-        for group in self.groups.values():
-            self._add_to_tiles(group, after, time_us, values, never_seen=bool(np.isnan(last)))
-        return after
-
-    def _add_to_tiles(
-        self, group: TileGroup, state: Floats, time_us: int, values: Mapping[str, float], *, never_seen: bool
-    ) -> None:
-        tile, newest = time_us // group.tile_us, int(state[group.start])
-        if never_seen or tile > newest:
-            num_new = group.num_tiles if never_seen else min(tile - newest, group.num_tiles)
-            stale = (tile - np.arange(num_new)) % group.num_tiles
-            for component in group.components:
-                state[group.ring(component)][stale] = 0.0
-            state[group.start] = tile
-        elif tile <= newest - group.num_tiles:
-            return
-        for component in group.components:
-            column = None if component.column is None else np.array([values[component.column]])
-            added = component.contribution(column)
-            state[group.ring(component)][tile % group.num_tiles] += float(np.asarray(added).item())
-
-    def apply(self, states: Floats, time_us: Times) -> Floats:
-        """Features (N, len(features)) of N states, each read at its own time."""
-        last = states[:, LAST_TIME]
-        out = np.empty((len(states), len(self.features)))
-        sums: dict[tuple[int, int], dict[Component, Floats]] = {}
-        for key, group in self.groups.items():
-            # The tile that a ring slot holds is the latest tile number ≤ newest that is ≡ slot mod tiles.
-            newest_N1 = states[:, group.start : group.start + 1]
-            held_NJ = newest_N1 - (newest_N1 - np.arange(group.num_tiles)) % group.num_tiles
-            current_N1 = (time_us // group.tile_us)[:, None]
-            live_NJ = (held_NJ > current_N1 - group.num_tiles) & ~np.isnan(last)[:, None]
-            sums[key] = {c: (states[:, group.ring(c)] * live_NJ).sum(axis=1) for c in group.components}
-        for i, feature in enumerate(self.features):
-            if isinstance(feature, SinceLatest):
-                out[:, i] = (time_us - last) / 1e6
-            elif isinstance(feature, Latest):
-                out[:, i] = states[:, self.latest[feature.column]]
-            elif isinstance(feature, Decay):
-                value = states[:, self.decays[feature.column, feature.half_life_s]]
-                out[:, i] = read_decay(value, last, time_us, feature.half_life_s)
-            else:
-                out[:, i] = finish_window(feature, sums[feature.length_s, feature.num_tiles])
+                values = number_column(events, given.column)
+            out[:, i] = values if given.where is None else np.where(passes[given.where], values, np.nan)
         return out
 
+    # ------------------------------------------------------------------ states
 
-def _halvings(age_us: Floats | float, half_life_s: float) -> Floats | float:
-    return np.exp2(-np.maximum(age_us, 0.0) / (half_life_s * 1e6))
+    def empty(self, num_rows: int = 1) -> Floats:
+        """(N, S) states of entities never seen."""
+        states = np.empty((num_rows, self.size))
+        kernels.clear_all(self.program, states)
+        return states
+
+    def fold(self, states: Floats, rows: Index, time_us: Times, inputs: Floats, positions: Times | None = None) -> int:
+        """Add events to the states of their rows, in place and in the order given; returns how many were new.
+
+        Events may come out of order: a late one still counts in every decay, and in every window whose tiles still
+        reach back to it. positions: ascending places in an event log; what a state has seen it skips.
+        """
+        places = np.full(len(rows), -1, dtype=np.int64) if positions is None else positions
+        return kernels.fold_all(self.program, states, rows, time_us, places, inputs)
+
+    def apply(self, states: Floats, time_us: Times) -> Floats:
+        """Features (N, F) of N states, each read at its own time, from events strictly earlier."""
+        out = np.empty((len(states), len(self.features)))
+        kernels.read_all(self.program, states, time_us, out)
+        return out
+
+    def unpack(self, packed: list[bytes | None]) -> Floats:
+        """(N, S) writable states; None stands for an entity never seen.
+
+        Raises:
+            DataError: the bytes are of another layout.
+        """
+        for content in packed:
+            if content is not None and len(content) != 8 * self.size:
+                raise DataError(
+                    f"a stored state has {len(content)} bytes, this plan's have {8 * self.size}; it was written "
+                    "by another version of Assay: publish the features again"
+                )
+        known = [content for content in packed if content is not None]
+        found = np.frombuffer(bytearray(b"".join(known)), dtype="<f8").reshape(len(known), self.size)
+        if len(known) == len(packed):
+            return found
+        states = self.empty(len(packed))
+        states[[content is not None for content in packed]] = found
+        return states
 
 
-def read_decay(value: Floats, last_us: Floats, time_us: Times, half_life_s: float) -> Floats:
-    """A decayed sum at `time_us`, from its value at the last event; 0 for an entity never seen."""
-    age_us = np.where(np.isnan(last_us), 0.0, time_us - last_us)
-    return value * _halvings(age_us, half_life_s)
+def last_times(states: Floats) -> Times:
+    """(N,) newest event of every state, `kernels.NEVER` without one."""
+    times: Times = states.view(np.int64)[:, LAST_TIME]
+    return times
 
 
-def finish_window(window: Window, sums: Mapping[Component, Floats]) -> Floats:
-    """An aggregate from the window's sums of powers."""
-    if window.aggregate == "count":
-        return sums[Component(window.column, 0)]
-    total = sums[Component(window.column, 1)]
-    if window.aggregate == "sum":
-        return total
-    count = sums[Component(window.column, 0)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean: Floats = np.where(count > 0, total / count, np.nan)
-        if window.aggregate == "mean":
-            return mean
-        mean_square = sums[Component(window.column, 2)] / count
-        variance = mean_square - mean**2
-        variance = np.where(variance < _VARIANCE_FLOOR * mean_square, 0.0, variance)
-        return np.where(count > 0, np.sqrt(variance), np.nan)
+def positions(states: Floats) -> Times:
+    """(N,) place in the event log up to which every state has seen, -1 without one."""
+    found: Times = states.view(np.int64)[:, POSITION]
+    return found
+
+
+def entity_keys(entity: Entity, events: Events) -> Keys:
+    """(N,) one key a row; None where any part of it is missing.
+
+    Raises:
+        DataError: a column is not there.
+    """
+    columns = [_column(events.keys, name, "entity") for name in entity_columns(entity)]
+    if len(columns) == 1:
+        return columns[0]
+    out = np.empty(len(events), dtype=object)
+    for i, parts in enumerate(zip(*columns, strict=True)):
+        if None not in parts:
+            out[i] = KEY_SEPARATOR.join(parts)
+    return out
+
+
+def number_column(events: Events, name: str) -> Floats:
+    """A numeric column, or where the events lie in the day or the week."""
+    if name in CALENDAR_COLUMNS:
+        from assay_features.row_features import calendar_column
+
+        return calendar_column(Calendar(part="hour" if name == CALENDAR_COLUMNS[0] else "weekday"), events.time_us)
+    return _column(events.numbers, name, "numeric")
+
+
+def _column(columns: Mapping[str, _Array], name: str, role: str) -> _Array:
+    if name not in columns:
+        raise DataError(f"the events have no {role} column {name!r}; they have {', '.join(sorted(columns)) or 'none'}")
+    return columns[name]
+
+
+def _table(rows: list[list[int]], width: int) -> Index:
+    return np.array(rows, dtype=np.int64).reshape(-1, width)
+
+
+def _passes(where: Where, events: Events) -> NDArray[np.bool_]:
+    if where.values:
+        keys = _column(events.keys, where.column, "key")
+        if len(keys) == 1:
+            return np.array([keys[0] in where.values])
+        return np.asarray(pd.Series(keys).isin(where.values))
+    values = number_column(events, where.column)
+    low = -np.inf if where.at_least is None else where.at_least
+    high = np.inf if where.below is None else where.below
+    return (values >= low) & (values < high) if low <= high else (values >= low) | (values < high)
+
+
+def _numbered(keys: Keys) -> Floats:
+    """A number for each key value, the same in every process: 52 bits of BLAKE2b. NaN where missing."""
+    codes, values = pd.factorize(keys, use_na_sentinel=True) if len(keys) > 1 else ([0], keys)
+    numbers = np.array([_number_of(value) for value in values] or [np.nan])
+    return np.where(np.asarray(codes) >= 0, numbers[codes], np.nan)
+
+
+def _number_of(value: str | None) -> float:
+    if value is None:
+        return np.nan
+    return float(int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest()) >> 12)

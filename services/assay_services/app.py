@@ -168,12 +168,16 @@ def create_app(deps: Dependencies) -> FastAPI:
             raise DataError("; ".join(f"for {name}: {error}" for name, error in refused))
         if not parsed:
             raise ProblemError(503, "no model is loaded", headers={"Retry-After": "5"})
-        accepted = {}
+        answer = EventsResponse(accepted={}, duplicates={}, late={})
         for application, model, batch in parsed:
-            model.add(batch)
-            deps.metrics.events.labels(application).inc(len(batch))
-            accepted[application] = len(batch)
-        return EventsResponse(accepted=accepted)
+            report = model.add(batch)
+            deps.metrics.events.labels(application).inc(report.accepted)
+            answer.accepted[application] = report.accepted
+            if report.duplicates:
+                answer.duplicates[application] = report.duplicates
+            if report.late:
+                answer.late[application] = report.late
+        return answer
 
     @app.get("/v1/models")
     def models() -> ModelsResponse:

@@ -9,6 +9,8 @@ from assay_features.events import Events, events_from_records
 from assay_features.feast.repository import FeatureRepository
 from assay_features.row_features import model_columns
 from assay_features.schema import FraudSchema, schema_from_dict
+from assay_features.state import entity_keys
+from assay_features.stream import PushReport
 from assay_platform.errors import ArtifactError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.fraud import FraudModel
@@ -26,6 +28,7 @@ class FraudScorer:
         self.schema, self.plan = schema, plan
         self._model = model
         self._online = repository.online(plan)
+        self._tables = repository.embedding_tables(plan)
         self._reasons = ReasonWriter(plan, model.feature_names)
 
     @staticmethod
@@ -54,10 +57,9 @@ class FraudScorer:
             numbers=schema.numbers,
             id_column=schema.id or "id",
         )
-        history = self._online.read(
-            {entity: list(events.keys[entity]) for entity in self.plan.entities}, events.time_us
-        )
-        columns = model_columns(self.plan, events, history.values)
+        keys = {entity: list(entity_keys(entity, events)) for entity in self.plan.entities}
+        history = self._online.read(keys, events.time_us)
+        columns = model_columns(self.plan, events, history.values, self._tables)
         rows = self._model.encode(columns)
         base, contribution_NG = None, None
         if explain:
@@ -84,13 +86,17 @@ class FraudScorer:
 
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""
-        columns = {d.column for e in self.plan.entities for d in self.plan.of_entity(e) if hasattr(d, "column")}
-        numbers = [name for name in self.schema.numbers if name in columns]
-        return events_from_records(records, timestamp=self.schema.timestamp, keys=self.plan.entities, numbers=numbers)
+        return events_from_records(
+            records,
+            timestamp=self.schema.timestamp,
+            keys=self.plan.key_columns(),
+            numbers=self.plan.number_columns(),
+            id_column=self.schema.id or "id",
+        )
 
-    def add(self, events: Events) -> None:
+    def add(self, events: Events) -> PushReport:
         """Fold events into the online features."""
-        self._online.add(events)
+        return self._online.push(events)
 
 
 def _row(columns: dict[str, Any], i: int) -> dict[str, Any]:

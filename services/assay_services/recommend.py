@@ -9,6 +9,8 @@ from assay_features.events import Events, canonical_key, events_from_records, ti
 from assay_features.feast.repository import FeatureRepository
 from assay_features.items import ranker_columns
 from assay_features.schema import RecommendSchema, schema_from_dict
+from assay_features.state import last_times
+from assay_features.stream import PushReport
 from assay_platform.errors import ArtifactError, DataError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.recommender import Ranked, Recommender
@@ -37,7 +39,7 @@ class ItemFeatures:
         )
         self._lock = threading.Lock()
         self._states = self._online.states(item_column, list(items))
-        self._newest_us = int(np.nanmax(self._states[:, 0], initial=0.0))
+        self._newest_us = max(0, int(last_times(self._states).max(initial=0)))
         self._cached: NDArray[np.float32] | None = None
         self._row = {item: i for i, item in enumerate(items)}
 
@@ -59,9 +61,9 @@ class ItemFeatures:
             return None
         return features_IF[:, self._decay]
 
-    def add(self, events: Events) -> None:
+    def add(self, events: Events) -> PushReport:
         """Fold events into the store and into what is cached."""
-        self._online.add(events)
+        report = self._online.push(events)
         touched = [item for item in dict.fromkeys(events.keys[self._entity]) if item in self._row]
         fresh = self._online.states(self._entity, touched) if touched else None
         with self._lock:
@@ -69,6 +71,7 @@ class ItemFeatures:
                 self._states[[self._row[item] for item in touched]] = fresh
             self._newest_us = max(self._newest_us, int(events.time_us.max()))
             self._cached = None
+        return report
 
     def recent(self, user_column: str, user: str) -> list[str]:
         """Items of a user's newest events, oldest first."""
@@ -148,7 +151,11 @@ class ItemRecommender:
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""
         events = events_from_records(
-            records, timestamp=self.schema.timestamp, keys=self.schema.keys, numbers=self.schema.numbers
+            records,
+            timestamp=self.schema.timestamp,
+            keys=self.schema.keys,
+            numbers=self.schema.numbers,
+            id_column="id",
         )
         for name in self.schema.keys:
             for i, value in enumerate(events.keys[name]):
@@ -156,6 +163,6 @@ class ItemRecommender:
                     raise DataError(f"events[{i}].{name}: is empty; an interaction needs a user and an item")
         return events
 
-    def add(self, events: Events) -> None:
+    def add(self, events: Events) -> PushReport:
         """Fold events into the online features."""
-        self._features.add(events)
+        return self._features.add(events)

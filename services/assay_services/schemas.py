@@ -86,9 +86,14 @@ class EventsRequest(_Body):
 
 
 class EventsResponse(BaseModel):
-    """How many events each application took in."""
+    """How many events each application took in, and the places of those that it did not.
+
+    duplicates: an event with the same id was taken in before. late: older than the features can still take in.
+    """
 
     accepted: dict[str, int]
+    duplicates: dict[str, list[int]]
+    late: dict[str, list[int]]
 
 
 class LoadedModel(BaseModel):

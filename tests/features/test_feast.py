@@ -151,7 +151,8 @@ def test_an_added_event_shows_in_the_next_read_and_survives_a_restart(tmp_path: 
     repository = publish(tmp_path, events)
     first, second = events.take(slice(0, 250)), events.take(slice(250, 300))
     online = publish(tmp_path / "half", first).online(PLAN)
-    online.add(second)
+    assert online.push(second).accepted == 50
+    online.close()
     keys = [f"c{k}" for k in range(1, 20)]
     later = np.full(len(keys), int(events.time_us.max()) + 60_000_000)
     reopened = FeatureRepository(tmp_path / "half").online(PLAN)

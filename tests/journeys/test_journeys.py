@@ -216,12 +216,15 @@ def test_an_event_changes_the_features_within_500_ms(
     before = count("fresh-card")
     began = time.perf_counter()
     for offset in range(5):
-        sent = payment(files, card_id="fresh-card", amount=900, datetime=int(payment(files)["datetime"]) - 30 + offset)
+        moment = int(payment(files)["datetime"]) - 30 + offset
+        sent = payment(files, transaction_id=f"new{offset}", card_id="fresh-card", amount=900, datetime=moment)
         answer = service.post("/v1/events", json={"events": [sent]})
         assert answer.status_code == 202
         assert answer.json()["accepted"] == {"fraud": 1}
     elapsed_s = time.perf_counter() - began
     assert elapsed_s / 5 < 0.5
+    again = service.post("/v1/events", json={"events": [sent]}).json()
+    assert (again["accepted"], again["duplicates"]) == ({"fraud": 0}, {"fraud": [0]})
     assert count("fresh-card") != before
 
 
@@ -234,7 +237,7 @@ def test_recommendations_for_known_new_and_just_seen_users(service: httpx.Client
     assert service.post("/v1/recommend", json={"user_id": "nobody", "k": 5}).json()["cold_start"]
     seen = [f"i{4 * k + 1}" for k in range(6)]  # taste 1
     events = [
-        {"user_id": "newcomer", "item_id": i, "timestamp": 1_800_000_000 + n, "rating": 5} for n, i in enumerate(seen)
+        {"user_id": "newcomer", "item_id": i, "timestamp": 1_790_000_000 + n, "rating": 5} for n, i in enumerate(seen)
     ]
     assert service.post("/v1/events", json={"events": events}).json()["accepted"] == {"recommend": 6}
     after = service.post("/v1/recommend", json={"user_id": "newcomer", "k": 5}).json()

@@ -1,20 +1,23 @@
-"""A Feast offline store with a columnar point-in-time join over Parquet.
+"""A Feast offline store with a columnar point-in-time join over Parquet, local or on object storage.
 
 Named by class path in `feature_store.yaml`:
 
     offline_store:
       type: assay_features.feast.offline_store.ColumnarOfflineStore
 
-For every entity row and feature view: the view's latest row of the same key with timestamp ≤ the entity row's
-timestamp and, where the view has a TTL, > timestamp - TTL (the age equal to the TTL still counts); among
-rows of one timestamp the latest created one, then the last in the file. Every entity row comes back, in
-order, duplicates included; features without a match are null. Keys that are null never match.
+For every entity row and feature view: the view's latest row of the same key with timestamp ≤ the entity row's timestamp
+and, where the view has a TTL, at most that old (the age equal to the TTL still counts); among rows of one timestamp the
+latest created one, then the last in the file. Every entity row comes back, in order, duplicates included; features
+without a match are null. Keys that are null never match. Only the columns asked for are read, and of them the row
+groups that may be old enough.
 
-Not covered yet: SQL entity frames, sources other than Parquet files, persisting results, writing.
+Without entity rows (`entity_df=None` and a range of dates) they are the distinct (keys, timestamp) of the views in it.
+Not covered: SQL entity frames; sources other than Parquet files.
 """
 
-from collections.abc import Callable
-from datetime import datetime, timedelta
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,24 +25,35 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from assay_platform.errors import DataError
+from assay_platform.storage import atomic_file
 from feast.data_source import DataSource
+from feast.errors import FeastJoinKeysDuringMaterialization, SavedDatasetLocationAlreadyExists
+from feast.feature_logging import LoggingConfig, LoggingSource
 from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
-from feast.infra.offline_stores.file_source import FileSource
+from feast.infra.offline_stores.file_source import FileLoggingDestination, FileSource, SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
+from feast.infra.offline_stores.offline_utils import (
+    get_pyarrow_schema_from_batch_source,
+    infer_event_timestamp_from_entity_df,
+)
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
+from feast.saved_dataset import SavedDatasetStorage
 from feast.utils import (
     _get_requested_feature_views_to_features_dict,
     _get_requested_on_demand_feature_views,
+    compute_non_entity_date_range,
 )
 from numpy.typing import NDArray
 
+from assay_features.point_in_time import MISSING_US, gathered, key_codes, latest_rows, microseconds
+
 CLASS_PATH = "assay_features.feast.offline_store.ColumnarOfflineStore"
 TIMESTAMP = "event_timestamp"
-_MICROSECONDS = pa.timestamp("us", tz="UTC")
 
 
 class ColumnarOfflineStoreConfig(FeastConfigBaseModel):
@@ -57,11 +71,13 @@ class ColumnarRetrievalJob(RetrievalJob):
         self,
         compute: Callable[[], pa.Table],
         *,
+        repo_path: Path | None,
         full_feature_names: bool,
         on_demand_feature_views: list[OnDemandFeatureView] | None = None,
         metadata: RetrievalMetadata | None = None,
     ) -> None:
         self._compute = compute
+        self._repo_path = repo_path
         self._full_feature_names = full_feature_names
         self._on_demand_feature_views = on_demand_feature_views or []
         self._metadata = metadata
@@ -82,15 +98,40 @@ class ColumnarRetrievalJob(RetrievalJob):
         return self._metadata
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
-        frame: pd.DataFrame = self._to_arrow_internal(timeout).to_pandas()
+        # One block a column: no copy into blocks of many columns, so memory peaks at one result.
+        frame: pd.DataFrame = self._to_arrow_internal(timeout).to_pandas(split_blocks=True, self_destruct=True)
         return frame
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
         return self._compute()
 
+    def persist(self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
+        """Write the result as a saved data set: one file, or a folder if the path is not one of a Parquet file."""
+        if not isinstance(storage, SavedDatasetFileStorage):
+            raise DataError(f"a saved data set of this store is a file, not {type(storage).__name__}")
+        options = storage.file_options
+        filesystem, path = _located(self._repo_path, options.uri, options.s3_endpoint_override)
+        exists = Path(path).exists() if filesystem is None else filesystem.get_file_info([path])[0].type != 0
+        if exists and not allow_overwrite:
+            raise SavedDatasetLocationAlreadyExists(location=options.uri)
+        table = self.to_arrow()
+        if not path.endswith(".parquet"):
+            pq.write_to_dataset(table, root_path=path, filesystem=filesystem)
+        elif filesystem is None:
+            with atomic_file(Path(path)) as part:
+                pq.write_table(table, part)
+        else:
+            pq.write_table(table, path, filesystem=filesystem)
+
+    def supports_remote_storage_export(self) -> bool:
+        """Results are returned, not exported."""
+        return False
+
 
 class ColumnarOfflineStore(OfflineStore):
     """See the module's docstring for what the join promises."""
+
+    supports_filter_by_created_timestamp = True
 
     @staticmethod
     def get_historical_features(
@@ -101,36 +142,51 @@ class ColumnarOfflineStore(OfflineStore):
         registry: BaseRegistry,
         project: str,
         full_feature_names: bool = False,
-        **_: Any,
+        filter_by_created_timestamp: bool = False,
+        **kwargs: Any,
     ) -> RetrievalJob:
         """Join every requested view to the entity rows. See Feast's `OfflineStore` for the arguments."""
-        if not isinstance(entity_df, pd.DataFrame):
-            raise DataError(f"entity_df is {type(entity_df).__name__}; this store takes a pandas DataFrame")
-        if TIMESTAMP not in entity_df.columns:
-            raise DataError(f"entity_df has no column {TIMESTAMP!r}; it has {', '.join(entity_df.columns)}")
+        if isinstance(entity_df, str):
+            raise DataError("entity_df is SQL; this store takes a pandas DataFrame, or None and a range of dates")
+        if entity_df is None:
+            start, end = compute_non_entity_date_range(feature_views, kwargs.get("start_date"), kwargs.get("end_date"))
+            entity_df = _rows_between(config, feature_views, start, end)
+        timestamp = TIMESTAMP
+        if timestamp not in entity_df.columns:
+            try:
+                timestamp = infer_event_timestamp_from_entity_df(dict(entity_df.dtypes))
+            except Exception as error:  # Feast raises a bare ValueError or EntityTimestampInferenceException
+                raise DataError(
+                    f"entity_df has no column {TIMESTAMP!r} and not just one column of times; it has "
+                    f"{', '.join(map(str, entity_df.columns))}"
+                ) from error
         requested, _on_demand = _get_requested_feature_views_to_features_dict(
             feature_refs,
             feature_views,
             _get_requested_on_demand_feature_views(feature_refs, project, registry),
         )
+        rows = entity_df
 
         def compute() -> pa.Table:
-            table = pa.Table.from_pandas(entity_df, preserve_index=False)
-            asked_us = _microseconds(table[TIMESTAMP])
+            table = pa.Table.from_pandas(rows, preserve_index=False)
+            asked_us = microseconds(table[timestamp])
+            names, columns = list(table.column_names), list(table.columns)
             for view, features in requested.items():
-                for name, column in _join(config, view, features, table, asked_us).items():
-                    prefixed = f"{_view_name(view)}__{name}" if full_feature_names else name
-                    table = table.append_column(prefixed, column)
-            return table
+                joined = _join(config, view, features, table, asked_us, only_created=filter_by_created_timestamp)
+                prefix = f"{_view_name(view)}__" if full_feature_names else ""
+                names += [prefix + name for name in features]
+                columns += joined
+            return pa.table(columns, names=names)
 
-        times = entity_df[TIMESTAMP]
+        times = entity_df[timestamp]
         return ColumnarRetrievalJob(
             compute,
+            repo_path=config.repo_path,
             full_feature_names=full_feature_names,
             on_demand_feature_views=OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
             metadata=RetrievalMetadata(
                 features=feature_refs,
-                keys=[name for name in entity_df.columns if name != TIMESTAMP],
+                keys=[name for name in entity_df.columns if name != timestamp],
                 min_event_timestamp=times.min() if len(times) else None,
                 max_event_timestamp=times.max() if len(times) else None,
             ),
@@ -155,12 +211,13 @@ class ColumnarOfflineStore(OfflineStore):
                 created_timestamp_column, start_date, end_date,
             )  # fmt: skip
             if not join_key_columns:
-                return table.slice(len(table) - 1)
-            codes, _ = pd.factorize(_key_rows(table, join_key_columns), use_na_sentinel=True)
-            last = pd.Series(np.arange(len(table))).groupby(codes).last()
-            return table.take(pa.array(last[last.index >= 0].to_numpy()))
+                return table.slice(max(0, len(table) - 1))
+            codes, _, num_keys = key_codes(table, join_key_columns, table.slice(0, 0), join_key_columns)
+            last = np.full(num_keys, -1)
+            last[codes[codes >= 0]] = np.flatnonzero(codes >= 0)  # of several, the last one stays
+            return table.take(pa.array(np.sort(last[last >= 0])))
 
-        return ColumnarRetrievalJob(compute, full_feature_names=False)
+        return ColumnarRetrievalJob(compute, repo_path=config.repo_path, full_feature_names=False)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -181,46 +238,116 @@ class ColumnarOfflineStore(OfflineStore):
                 created_timestamp_column, start_date, end_date,
             )  # fmt: skip
 
-        return ColumnarRetrievalJob(compute, full_feature_names=False)
+        return ColumnarRetrievalJob(compute, repo_path=config.repo_path, full_feature_names=False)
+
+    @staticmethod
+    def offline_write_batch(
+        config: RepoConfig, feature_view: FeatureView, table: pa.Table, progress: Callable[[int], Any] | None
+    ) -> None:
+        """Append rows to the view's file; the file is whole at any moment."""
+        source = feature_view.batch_source
+        assert source is not None
+        expected, _ = get_pyarrow_schema_from_batch_source(config, source)
+        if table.column_names != expected.names:
+            raise DataError(
+                f"feature view {feature_view.name!r}: the rows have columns {', '.join(table.column_names)}, "
+                f"its source has {', '.join(expected.names)}"
+            )
+        filesystem, path = _path_of(config, source)
+        before = pq.read_table(path, filesystem=filesystem)
+        after = pa.concat_tables([before, table.cast(before.schema)])
+        if filesystem is None:
+            with atomic_file(Path(path)) as part:
+                pq.write_table(after, part)
+        else:
+            pq.write_table(after, path, filesystem=filesystem)
+        if progress is not None:
+            progress(len(table))
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,
+    ) -> None:
+        """Add what a feature server served to a folder of Parquet files."""
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination):
+            raise DataError(f"this store logs to files, not to {type(destination).__name__}")
+        filesystem, path = _located(config.repo_path, destination.path, destination.s3_endpoint_override)
+        pads.write_dataset(
+            pq.read_table(data) if isinstance(data, Path) else data,
+            base_dir=path,
+            basename_template=f"{uuid.uuid4().hex}-{{i}}.parquet",
+            partitioning=destination.partition_by,
+            filesystem=filesystem,
+            format="parquet",
+            existing_data_behavior="overwrite_or_ignore",
+        )
 
 
 def _view_name(view: FeatureView) -> str:
     return str(view.projection.name_to_use())  # type: ignore[no-untyped-call]
 
 
-def _read(config: RepoConfig, source: DataSource, columns: list[str]) -> pa.Table:
+def _located(repo_path: Path | None, uri: str, endpoint: str | None) -> tuple[Any, str]:
+    """File system, None for the local one, and path."""
+    path = FileSource.get_uri_for_file_path(repo_path=repo_path, uri=uri)
+    filesystem, local = FileSource.create_filesystem_and_path(str(path), endpoint or "")
+    return filesystem, str(local)
+
+
+def _path_of(config: RepoConfig, source: DataSource) -> tuple[Any, str]:
     if not isinstance(source, FileSource):
         raise DataError(f"source {source.name!r} is a {type(source).__name__}; this store reads Parquet files")
-    path = FileSource.get_uri_for_file_path(repo_path=config.repo_path, uri=source.path)
-    filesystem, local = FileSource.create_filesystem_and_path(str(path), source.s3_endpoint_override or "")
+    return _located(config.repo_path, source.path, source.s3_endpoint_override)
+
+
+def _dataset(config: RepoConfig, source: DataSource) -> pads.Dataset:
+    filesystem, path = _path_of(config, source)
     try:
-        return pq.read_table(local, columns=columns, filesystem=filesystem)
+        return pads.dataset(path, filesystem=filesystem, format="parquet")
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{Path(str(path))}: cannot be read as Parquet: {error}") from error
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _microseconds(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    if pa.types.is_timestamp(column.type) and column.type.tz is None:
-        column = pc.assume_timezone(column, "UTC")
-    # A cast that would cut nanoseconds is allowed: Feast itself compares microseconds.
-    return np.asarray(column.cast(_MICROSECONDS, safe=False).cast(pa.int64()).to_numpy())
+def _read(
+    dataset: pads.Dataset, columns: Sequence[str], timestamp: str, first_us: int | None, last_us: int | None
+) -> pa.Table:
+    """Columns of the rows with first ≤ timestamp ≤ last; row groups outside of it are not read."""
+    unknown = [name for name in columns if name not in dataset.schema.names]
+    if unknown:
+        raise DataError(f"{dataset.files[0]}: has no column {unknown[0]!r}; it has {', '.join(dataset.schema.names)}")
+    kind = dataset.schema.field(timestamp).type
+    conditions = []
+    # Bounds are taken a unit wider: a coarser type cuts them, and what is too early or late is filtered again.
+    if first_us is not None:
+        conditions.append(pc.field(timestamp) >= _moment(first_us - 1_000_000, kind))
+    if last_us is not None:
+        conditions.append(pc.field(timestamp) <= _moment(last_us + 1_000_000, kind))
+    condition = None
+    for part in conditions:
+        condition = part if condition is None else condition & part
+    try:
+        return dataset.to_table(columns=list(dict.fromkeys(columns)), filter=condition)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{dataset.files[0]}: cannot be read as Parquet: {error}") from error
 
 
-def _key_rows(table: pa.Table, names: list[str]) -> NDArray[np.object_]:
-    """One hashable value a row; None where any part of the key is null."""
-    if len(names) == 1:
-        return np.asarray(table[names[0]].to_pandas(), dtype=object)
-    columns = [table[name].to_pylist() for name in names]
-    rows = np.empty(len(table), dtype=object)
-    for i, parts in enumerate(zip(*columns, strict=True)):
-        rows[i] = None if None in parts else parts
-    return rows
+def _moment(time_us: int, kind: pa.DataType) -> pa.Scalar:
+    if not pa.types.is_timestamp(kind):
+        return pa.scalar(time_us, pa.timestamp("us", tz="UTC"))
+    # Within what nanoseconds can say, the years 1678 to 2261.
+    bounded = min(max(time_us, -9_200_000_000_000_000), 9_200_000_000_000_000)
+    return pa.scalar(bounded, pa.timestamp("us", tz=kind.tz)).cast(kind, safe=False)
 
 
 def _sorted_by_time(table: pa.Table, timestamp: str, created: str | None) -> pa.Table:
-    keys = [_microseconds(table[timestamp])]
+    keys = [microseconds(table[timestamp])]
     if created:  # Feast writes '' for a source without one
-        keys.insert(0, _microseconds(table[created]))
+        keys.insert(0, microseconds(table[created]))
     return table.take(pa.array(np.lexsort(keys)))
 
 
@@ -234,14 +361,22 @@ def _read_between(
     start: datetime | None,
     end: datetime | None,
 ) -> pa.Table:
-    columns = [*join_keys, *features, timestamp, *([created] if created else [])]
-    table = _sorted_by_time(_read(config, source, columns), timestamp, created)
-    time_us = _microseconds(table[timestamp])
-    keep = np.ones(len(table), dtype=bool)
-    if start is not None:
-        keep &= time_us >= _datetime_us(start)
-    if end is not None:
-        keep &= time_us <= _datetime_us(end)
+    dataset = _dataset(config, source)
+    names = dataset.schema.names
+    if not set(join_keys) <= set(names):
+        raise FeastJoinKeysDuringMaterialization(str(source.name), set(join_keys), set(names))
+    others = {*join_keys, timestamp, created}
+    # Feast names no feature for a view with a transformation: it takes every column.
+    wanted = features or [name for name in names if name not in others and not name.startswith("__index")]
+    columns = [*join_keys, *wanted, timestamp, *([created] if created else [])]
+    first_us, last_us = (None if moment is None else _datetime_us(moment) for moment in (start, end))
+    table = _sorted_by_time(_read(dataset, columns, timestamp, first_us, last_us), timestamp, created)
+    time_us = microseconds(table[timestamp])
+    keep = time_us != MISSING_US
+    if first_us is not None:
+        keep &= time_us >= first_us
+    if last_us is not None:
+        keep &= time_us <= last_us
     table = table.filter(pa.array(keep))
     if not join_keys:
         table = table.append_column(DUMMY_ENTITY_ID, pa.array([DUMMY_ENTITY_VAL] * len(table), pa.string()))
@@ -252,72 +387,65 @@ def _datetime_us(moment: datetime) -> int:
     return int(pd.Timestamp(moment, tz=None if moment.tzinfo else "UTC").value // 1000)
 
 
+def _rows_between(config: RepoConfig, views: list[FeatureView], start: datetime, end: datetime) -> pd.DataFrame:
+    """The distinct (keys, timestamp) of the views in a range of dates."""
+    frames = []
+    for view in views:
+        source = view.batch_source
+        assert source is not None
+        in_source = {new: old for old, new in (source.field_mapping or {}).items()}
+        keys = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+        timestamp = in_source.get(source.timestamp_field, source.timestamp_field)
+        columns = [*(in_source.get(key, key) for key in keys), timestamp]
+        first_us, last_us = _datetime_us(start), _datetime_us(end)
+        table = _read(_dataset(config, source), columns, timestamp, first_us, last_us).select(columns)
+        time_us = microseconds(table[timestamp])
+        table = table.filter(pa.array((time_us >= first_us) & (time_us <= last_us)))
+        names = [*(view.projection.join_key_map.get(key, key) for key in keys), TIMESTAMP]
+        frame = table.rename_columns(names).to_pandas()
+        frame[TIMESTAMP] = pd.to_datetime(frame[TIMESTAMP], utc=True)
+        frames.append(frame)
+    rows: pd.DataFrame = pd.concat(frames, ignore_index=True).drop_duplicates(ignore_index=True)
+    return rows
+
+
 def _join(
     config: RepoConfig,
     view: FeatureView,
     features: list[str],
     entity_rows: pa.Table,
     asked_us: NDArray[np.int64],
-) -> dict[str, pa.ChunkedArray]:
+    *,
+    only_created: bool,
+) -> list[pa.ChunkedArray]:
     source = view.batch_source
     assert source is not None  # Feast refuses a view without one
-    created = source.created_timestamp_column or None
-    # The source may call a column otherwise than the view does.
+    # The source may call a column otherwise than the view does, also its times.
     in_source = {new: old for old, new in (source.field_mapping or {}).items()}
+    timestamp = in_source.get(source.timestamp_field, source.timestamp_field)
+    created = in_source.get(source.created_timestamp_column, source.created_timestamp_column) or None
     view_keys = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
     asked_keys = [view.projection.join_key_map.get(name, name) for name in view_keys]
     source_keys = [in_source.get(name, name) for name in view_keys]
     source_features = [in_source.get(name, name) for name in features]
-    columns = [*source_keys, *source_features, source.timestamp_field, *([created] if created else [])]
     for name in asked_keys:
         if name not in entity_rows.column_names:
             raise DataError(f"entity_df has no column {name!r}, the key of feature view {view.name!r}")
-    table = _sorted_by_time(_read(config, source, list(dict.fromkeys(columns))), source.timestamp_field, created)
-    match = _latest_at_or_before(
-        source_key=_codes(table, source_keys, entity_rows, asked_keys),
-        source_us=_microseconds(table[source.timestamp_field]),
-        asked_us=asked_us,
-        ttl=view.ttl,
+    valid_us = asked_us[asked_us != MISSING_US]
+    ttl_us = int(view.ttl.total_seconds() * 1_000_000) if view.ttl else None
+    last_us = int(valid_us.max()) if len(valid_us) else None
+    first_us = int(valid_us.min()) - ttl_us if ttl_us is not None and len(valid_us) else None
+    columns = [*source_keys, *source_features, timestamp, *([created] if created else [])]
+    table = _read(_dataset(config, source), columns, timestamp, first_us, last_us)
+    have, want, num_keys = key_codes(table, source_keys, entity_rows, asked_keys)
+    rows = latest_rows(
+        have,
+        microseconds(table[timestamp]),
+        want,
+        asked_us,
+        num_keys=num_keys,
+        created_us=microseconds(table[created]) if created else None,
+        ttl_us=ttl_us,
+        only_created=only_created,
     )
-    index = pa.array(match, mask=match < 0)
-    return {name: table[column].take(index) for name, column in zip(features, source_features, strict=True)}
-
-
-def _codes(
-    left: pa.Table, left_keys: list[str], right: pa.Table, right_keys: list[str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Keys of both tables as the same integers; -1 for null."""
-    if not left_keys:
-        return np.zeros(len(left), dtype=np.int64), np.zeros(len(right), dtype=np.int64)
-    both = np.concatenate([_key_rows(left, left_keys), _key_rows(right, right_keys)])
-    codes = pd.factorize(both, use_na_sentinel=True)[0].astype(np.int64)
-    return codes[: len(left)], codes[len(left) :]
-
-
-def _latest_at_or_before(
-    *,
-    source_key: tuple[NDArray[np.int64], NDArray[np.int64]],
-    source_us: NDArray[np.int64],
-    asked_us: NDArray[np.int64],
-    ttl: timedelta | None,
-) -> NDArray[np.int64]:
-    """Row of the source, sorted by time, for each asked row; -1 where there is none.
-
-    (key, time) pairs become one integer, so one binary search over all rows replaces a merge of keys.
-    """
-    have, want = source_key
-    times = np.unique(source_us)
-    stride = len(times) + 1
-    position = have * stride + np.searchsorted(times, source_us)
-    order = np.argsort(position, kind="stable")  # stable: ties keep (time, created, file) order
-    sorted_position = position[order]
-    upto = want * stride + np.searchsorted(times, asked_us, side="right")
-    found = np.searchsorted(sorted_position, upto, side="left") - 1
-    safe = np.maximum(found, 0)
-    if not len(order):
-        return np.full(len(want), -1, dtype=np.int64)
-    row = order[safe]
-    good = (found >= 0) & (have[row] == want) & (want >= 0)
-    if ttl:
-        good &= asked_us - source_us[row] <= int(ttl.total_seconds() * 1_000_000)
-    return np.where(good, row, -1)
+    return gathered(table, source_features, rows)

@@ -5,18 +5,16 @@ Every entity of a plan has two feature views:
     <entity>_values_<version>   offline: features at the (key, time) pairs that training asks for
     <entity>_state_<version>    online: the entity's state, from which features are read at any later time
 
-Training retrieves values through `get_historical_features`; serving reads states through
-`get_online_features` and calls `StateLayout.apply` with the time of the request. Both come from the same
-definitions, and the plan's version in the name keeps a model with the definitions it was trained on.
+Training retrieves values through `get_historical_features`; serving reads states from the online store's tiers and
+applies them at the time of the request. Both come from the same definitions, and the plan's version in the name
+keeps a model with the definitions it was trained on.
 """
 
-import io
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from datetime import UTC, datetime, timedelta
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,101 +22,111 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from assay_platform.storage import atomic_file, write_bytes
-from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
-from feast.types import Array, Bytes, Float64, String
+from assay_platform.storage.tiered import TieredStore
+from feast import Entity as FeastEntity
+from feast import FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
+from feast.types import Bytes, Float64
 
 from assay_features.batch import EntityStates
-from assay_features.definitions import FeaturePlan
-from assay_features.events import Events
-from assay_features.feast.offline_store import CLASS_PATH, TIMESTAMP
-from assay_features.state import Floats, StateLayout, Times
-
-_STATE, _SEQUENCE = "state", "sequence"
-# Feast refuses an empty key; canonical keys are never empty, so this one is never found.
-_NO_KEY = " "
+from assay_features.definitions import Entity, FeaturePlan, entity_columns, entity_name
+from assay_features.embeddings import EmbeddingTable
+from assay_features.events import KEY_SEPARATOR, Events
+from assay_features.feast.offline_store import CLASS_PATH as OFFLINE
+from assay_features.feast.offline_store import TIMESTAMP
+from assay_features.feast.online_store import CLASS_PATH as ONLINE
+from assay_features.feast.online_store import FAMILY_TAG, open_store
+from assay_features.state import Floats, entity_keys
+from assay_features.stream import EventStream, StreamSettings, state_view
 
 
 class FeatureRepository:
-    """Feast objects, files and stores of one model name.
+    """Feast objects, files and stores of one model name. Thread-safe."""
 
-    Thread-safe: reads and writes of the online store are serialised, as Feast shares one SQLite connection.
-    """
+    def __init__(
+        self, folder: Path, *, online: Mapping[str, Any] | None = None, stream: StreamSettings | None = None
+    ) -> None:
+        """folder: where `feature_store.yaml`, registry, online store and Parquet files live; named as the model.
 
-    def __init__(self, folder: Path) -> None:
-        """folder: where `feature_store.yaml`, registry, online store and Parquet files live; named as the model."""
+        online: further settings of the online store, such as `cold` or `valkey`; kept in the file.
+        """
         self.folder = folder
+        self._stream_settings = stream or StreamSettings()
         self._lock = RLock()
+        self._streams: dict[str, EventStream] = {}
+        file = folder / "feature_store.yaml"
         config = {
             # Feast allows letters, digits and underscores.
             "project": "".join(c if c.isalnum() else "_" for c in folder.name),
             "provider": "local",
             "registry": {"path": "registry.db", "cache_ttl_seconds": 0},
-            "offline_store": {"type": CLASS_PATH},
-            "online_store": {"type": "sqlite", "path": "online.db"},
-            "materialization": {"pull_latest_features": True},
+            "offline_store": {"type": OFFLINE},
+            "online_store": {"type": ONLINE, "path": "online", **(_given_online(file) if online is None else online)},
             "entity_key_serialization_version": 3,
         }
         text = yaml.safe_dump(config, sort_keys=False)
-        file = folder / "feature_store.yaml"
         if not file.is_file() or file.read_text() != text:
             write_bytes(file, text.encode())
         self.store = FeatureStore(repo_path=str(folder))
+        self.project: str = self.store.project
+
+    @property
+    def tiers(self) -> TieredStore:
+        """The tiers of the online store."""
+        return open_store(self.store.config)
 
     def publish(
-        self, plan: FeaturePlan, values: Mapping[str, pd.DataFrame], states: Mapping[str, EntityStates]
+        self,
+        plan: FeaturePlan,
+        values: Mapping[Entity, pd.DataFrame],
+        states: Mapping[Entity, EntityStates],
+        tables: Mapping[str, EmbeddingTable] | None = None,
     ) -> None:
-        """Write the files, register all objects, materialise the states.
+        """Write the files, register all objects, load the states into the online store.
 
-        values: entity → frame of key, event_timestamp and the entity's features. states: entity → states.
+        values: entity → frame of keys, event_timestamp and the entity's features. states: entity → states.
+        tables: those of the plan's embeddings.
         """
-        objects: list[Any] = []
+        for table in (tables or {}).values():
+            table.save(self.folder / "embeddings")
+        objects: dict[str, Any] = {}
         value_views, state_views = [], []
         for entity in plan.entities:
-            feast_entity = Entity(name=entity, join_keys=[entity], value_type=ValueType.STRING)
-            objects.append(feast_entity)
-            if entity in values:
-                path = self._write(
-                    f"{_values_view(plan, entity)}.parquet",
-                    pa.Table.from_pandas(values[entity], preserve_index=False),
-                )
+            keys = [
+                FeastEntity(name=name, join_keys=[name], value_type=ValueType.STRING) for name in entity_columns(entity)
+            ]
+            objects.update({key.name: key for key in keys})
+            features = plan.of_entity(entity)
+            if entity in values and features:
+                name = _values_view(plan, entity)
+                path = self._write(f"{name}.parquet", pa.Table.from_pandas(values[entity], preserve_index=False))
+                schema = [Field(name=d.name, dtype=Float64, description=repr(d)) for d in features]
                 value_views.append(
-                    FeatureView(
-                        name=_values_view(plan, entity),
-                        entities=[feast_entity],
-                        schema=[Field(name=d.name, dtype=Float64, description=repr(d)) for d in plan.of_entity(entity)],
-                        source=_source(_values_view(plan, entity), path),
-                        online=False,
-                    )
+                    FeatureView(name=name, entities=keys, schema=schema, source=_source(name, path), online=False)
                 )
-            path = self._write(f"{_state_view(plan, entity)}.parquet", _state_table(entity, states[entity]))
+            name = state_view(plan, entity)
+            path = self._write(f"{name}.parquet", _state_table(entity, states[entity]))
             state_views.append(
                 FeatureView(
-                    name=_state_view(plan, entity),
-                    entities=[feast_entity],
-                    schema=[Field(name=_STATE, dtype=Bytes), Field(name=_SEQUENCE, dtype=Array(String))],
-                    source=_source(_state_view(plan, entity), path),
+                    name=name,
+                    entities=keys,
+                    schema=[Field(name="state", dtype=Bytes), Field(name="sequence", dtype=Bytes)],
+                    source=_source(name, path),
                     online=True,
+                    tags={FAMILY_TAG: name},
                 )
             )
-        services = [FeatureService(name=_online_service(plan), features=list[Any](state_views))]
+        services = [FeatureService(name=f"online_{plan.version}", features=list[Any](state_views))]
         if value_views:
             services.append(FeatureService(name=_training_service(plan), features=list[Any](value_views)))
+        newest = [int(s.time_us.max()) for s in states.values() if len(s.time_us)]
         with self._lock:
-            self.store.apply([*objects, *value_views, *state_views, *services])
-            times = np.concatenate([s.time_us for s in states.values()])
-            if len(times):
-                first, last = (datetime.fromtimestamp(int(t) / 1e6, tz=UTC) for t in (times.min(), times.max()))
-                # Feast prints its progress; ours is shown by whoever called.
-                with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                    self.store.materialize(
-                        first - timedelta(seconds=1),
-                        last + timedelta(seconds=1),
-                        [view.name for view in state_views],
-                    )
+            self.store.apply([*objects.values(), *value_views, *state_views, *services])
+            self.online(plan).load(states, until_us=max(newest, default=0))
 
     def training_features(self, plan: FeaturePlan, spine: Events) -> dict[str, Floats]:
         """Point-in-time features of every spine row, in order, through Feast's `get_historical_features`."""
-        frame = pd.DataFrame({entity: spine.keys[entity] for entity in plan.entities if entity in spine.keys})
+        columns = {name for entity in plan.entities for name in entity_columns(entity)}
+        frame = pd.DataFrame({name: spine.keys[name] for name in columns if name in spine.keys})
         frame[TIMESTAMP] = pd.to_datetime(spine.time_us, unit="us", utc=True)
         service = self.store.get_feature_service(_training_service(plan))
         table = self.store.get_historical_features(entity_df=frame, features=service).to_arrow()
@@ -126,50 +134,29 @@ class FeatureRepository:
             name: table[name].to_numpy().astype(np.float64) for name in plan.numeric_names if name in table.column_names
         }
 
-    def online(self, plan: FeaturePlan) -> "OnlineFeatures":
-        """The serving side of a plan that was published here."""
-        return OnlineFeatures(self, plan)
-
-    def read_states(
-        self, plan: FeaturePlan, entity_keys: Mapping[str, Sequence[str | None]]
-    ) -> dict[str, list[tuple[bytes | None, list[str]]]]:
-        """Raw states of N rows of keys, one call to `get_online_features` for all entities."""
-        names = [name for name in plan.entities if name in entity_keys]
-        num_rows = len(entity_keys[names[0]])
-        rows = [{name: entity_keys[name][i] or _NO_KEY for name in names} for i in range(num_rows)]
-        refs = [f"{_state_view(plan, name)}:{feature}" for name in names for feature in (_STATE, _SEQUENCE)]
+    def online(self, plan: FeaturePlan) -> EventStream:
+        """The serving side of a plan; one a plan and repository, however many models use it."""
         with self._lock:
-            response = self.store.get_online_features(features=refs, entity_rows=rows, full_feature_names=True)
-        found = response.to_dict()
-        return {
-            name: list(
-                zip(
-                    found[f"{_state_view(plan, name)}__{_STATE}"],
-                    [list(v or ()) for v in found[f"{_state_view(plan, name)}__{_SEQUENCE}"]],
-                    strict=True,
-                )
-            )
-            for name in names
-        }
+            if plan.version not in self._streams:
+                folder = self.folder / "log" / plan.version
+                self._streams[plan.version] = EventStream(self.project, plan, self.tiers, folder, self._stream_settings)
+            return self._streams[plan.version]
 
-    def write_state(
-        self, plan: FeaturePlan, entity: str, key: str, time_us: int, state: Floats, sequence: list[str]
-    ) -> None:
-        """Replace one entity's state in the online store."""
-        frame = pd.DataFrame(
-            {
-                entity: [key],
-                TIMESTAMP: [pd.Timestamp(time_us, unit="us", tz="UTC")],
-                _STATE: [state.astype("<f8").tobytes()],
-                _SEQUENCE: [sequence],
-            }
-        )
+    def embedding_tables(self, plan: FeaturePlan) -> dict[str, EmbeddingTable]:
+        """The trained tables of a plan's embeddings, by digest.
+
+        Raises:
+            ArtifactError: one is missing or damaged.
+        """
+        names = {embedding.table for embedding in plan.embeddings}
+        return {name: EmbeddingTable.load(self.folder / "embeddings" / f"{name}.parquet") for name in names}
+
+    def close(self) -> None:
+        """Write what is in memory; let other processes write the streams."""
         with self._lock:
-            self.store.write_to_online_store(_state_view(plan, entity), frame, allow_registry_cache=True)
-
-    def locked(self) -> RLock:
-        """Held around read-modify-write of states."""
-        return self._lock
+            for stream in self._streams.values():
+                stream.close()
+            self._streams = {}
 
     def _write(self, name: str, table: pa.Table) -> Path:
         path = self.folder / "offline" / name
@@ -178,122 +165,50 @@ class FeatureRepository:
         return path
 
 
-class OnlineRows(NamedTuple):
-    """What the online store knows about N requests."""
-
-    values: dict[str, Floats]  # feature name → (N,)
-    sequences: dict[str, list[list[str]]]  # entity → N sequences, oldest first
-
-
-class OnlineFeatures:
-    """Reads features for scoring, and folds new events into states."""
-
-    def __init__(self, repository: FeatureRepository, plan: FeaturePlan) -> None:
-        self.plan = plan
-        self._repository = repository
-        self._layouts = {entity: StateLayout(plan.of_entity(entity)) for entity in plan.entities}
-
-    def read(
-        self, keys: Mapping[str, Sequence[str | None]], time_us: Sequence[int] | np.ndarray[Any, Any]
-    ) -> OnlineRows:
-        """Features of N rows, each at its own time; entities not in `keys` are left out."""
-        moments = np.asarray(time_us, dtype=np.int64)
-        values: dict[str, Floats] = {}
-        sequences: dict[str, list[list[str]]] = {}
-        for entity, rows in self._repository.read_states(self.plan, keys).items():
-            layout = self._layouts[entity]
-            states = _unpack(layout, rows)
-            features = layout.apply(states, moments)
-            missing = np.array([key is None for key in keys[entity]], dtype=bool)
-            features[missing] = np.nan
-            values.update(zip(layout.names, features.T, strict=True))
-            sequences[entity] = [sequence for _, sequence in rows]
-        return OnlineRows(values, sequences)
-
-    def states(self, entity: str, keys: Sequence[str]) -> Floats:
-        """(N, S) raw states of N keys, for those who keep them at hand; empty states for unknown keys."""
-        return _unpack(self._layouts[entity], self._repository.read_states(self.plan, {entity: keys})[entity])
-
-    def apply(self, entity: str, states: Floats, time_us: Times) -> dict[str, Floats]:
-        """Features of states that `states` returned, by name."""
-        layout = self._layouts[entity]
-        return dict(zip(layout.names, layout.apply(states, time_us).T, strict=True))
-
-    def add(self, events: Events) -> None:
-        """Fold events into the states of their entities, in the order given.
-
-        Atomic for each entity, serialised within this process. Two processes that write one entity at the same
-        time can lose one update: run one writer a store.
-        """
-        with self._repository.locked():
-            for i in range(len(events)):
-                self._add_one(events, i)
-
-    def _add_one(self, events: Events, i: int) -> None:
-        time_us = int(events.time_us[i])
-        keys = {entity: [events.keys[entity][i]] for entity in self.plan.entities}
-        current = self._repository.read_states(self.plan, keys)
-        for entity, layout in self._layouts.items():
-            key = events.keys[entity][i]
-            if key is None:
-                continue
-            [(raw, recent)] = current[entity]
-            state = layout.empty()[0] if raw is None else np.frombuffer(raw, dtype="<f8")
-            after = layout.update(state, time_us, {name: events.numbers[name][i] for name in layout.columns})
-            sequence = self.plan.sequence_of(entity)
-            if sequence is not None and events.keys[sequence.column][i] is not None:
-                recent = [*recent, events.keys[sequence.column][i]][-sequence.length :]
-            newest_us = int(after[0])
-            self._repository.write_state(self.plan, entity, key, newest_us, after, recent)
-
-
-def _unpack(layout: StateLayout, rows: list[tuple[bytes | None, list[str]]]) -> Floats:
-    states = layout.empty(len(rows))
-    for i, (state, _) in enumerate(rows):
-        if state is not None:
-            states[i] = np.frombuffer(state, dtype="<f8")
-    return states
-
-
-def value_frames(plan: FeaturePlan, spine: Events, values: Mapping[str, Floats]) -> dict[str, pd.DataFrame]:
+def value_frames(plan: FeaturePlan, spine: Events, values: Mapping[str, Floats]) -> dict[Entity, pd.DataFrame]:
     """Feature values at spine rows as the frames that `publish` takes: one row a (key, time), no null keys."""
-    frames = {}
+    frames: dict[Entity, pd.DataFrame] = {}
     for entity in plan.entities:
         names = [d.name for d in plan.of_entity(entity)]
         if not names:
             continue
-        frame = pd.DataFrame({entity: spine.keys[entity]} | {name: values[name] for name in names})
+        columns = entity_columns(entity)
+        frame = pd.DataFrame({c: spine.keys[c] for c in columns} | {name: values[name] for name in names})
         frame[TIMESTAMP] = pd.to_datetime(spine.time_us, unit="us", utc=True)
-        frames[entity] = frame[frame[entity].notna()].drop_duplicates([entity, TIMESTAMP])
+        has_key = np.array([key is not None for key in entity_keys(entity, spine)], dtype=bool)
+        frames[entity] = frame[has_key].drop_duplicates([*columns, TIMESTAMP])
     return frames
 
 
-def _values_view(plan: FeaturePlan, entity: str) -> str:
-    return f"{entity}_values_{plan.version}"
+def _given_online(file: Path) -> dict[str, Any]:
+    """Settings of the online store that somebody wrote into the file."""
+    if not file.is_file():
+        return {}
+    given = yaml.safe_load(file.read_text()).get("online_store", {})
+    return given if given.get("type") == ONLINE else {}
 
 
-def _state_view(plan: FeaturePlan, entity: str) -> str:
-    return f"{entity}_state_{plan.version}"
+def _values_view(plan: FeaturePlan, entity: Entity) -> str:
+    return f"{entity_name(entity)}_values_{plan.version}"
 
 
 def _training_service(plan: FeaturePlan) -> str:
     return f"training_{plan.version}"
 
 
-def _online_service(plan: FeaturePlan) -> str:
-    return f"online_{plan.version}"
-
-
 def _source(name: str, path: Path) -> FileSource:
     return FileSource(name=name, path=str(path), timestamp_field=TIMESTAMP)
 
 
-def _state_table(entity: str, states: EntityStates) -> pa.Table:
+def _state_table(entity: Entity, states: EntityStates) -> pa.Table:
+    names = entity_columns(entity)
+    parts = [[key] for key in states.keys] if len(names) == 1 else [key.split(KEY_SEPARATOR) for key in states.keys]
+    columns = {name: pa.array([part[i] for part in parts], pa.string()) for i, name in enumerate(names)}
     return pa.table(
         {
-            entity: pa.array(states.keys.tolist(), pa.string()),
+            **columns,
             TIMESTAMP: pa.array(states.time_us, pa.timestamp("us", tz="UTC")),
-            _STATE: pa.array([row.astype("<f8").tobytes() for row in states.states], pa.binary()),
-            _SEQUENCE: pa.array(states.sequences, pa.list_(pa.string())),
+            "state": pa.array([row.astype("<f8").tobytes() for row in states.states], pa.binary()),
+            "sequence": pa.array([json.dumps(s).encode() for s in states.sequences], pa.binary()),
         }
     )

@@ -41,9 +41,8 @@ def load_table(path: Path, schema: Schema) -> LoadedTable:
     frame = _read(path, list(dict.fromkeys(columns)))
     if frame.empty:
         raise DataError(f"{path}: has no rows")
-    time_us = _times(frame[schema.timestamp], path)
-    keys = {name: _keys(frame[name], path) for name in schema.keys}
-    numbers = {name: _numbers(frame[name], path) for name in schema.numbers}
+    events = events_of_frame(frame, path, timestamp=schema.timestamp, keys=schema.keys, numbers=schema.numbers)
+    time_us, keys, numbers = events.time_us, events.keys, events.numbers
     labels = ids = None
     if isinstance(schema, FraudSchema):
         labels = _labels(frame[schema.label], path)
@@ -55,6 +54,21 @@ def load_table(path: Path, schema: Schema) -> LoadedTable:
     events = Events(time_us=time_us, keys=keys, numbers=numbers, ids=ids, labels=labels)
     order = np.argsort(time_us, kind="stable")
     return LoadedTable(events.take(order), path, _fingerprint(path))
+
+
+def events_of_frame(
+    frame: pd.DataFrame, path: Path, *, timestamp: str, keys: Sequence[str], numbers: Sequence[str]
+) -> Events:
+    """Canonical events from raw columns. The frame's index counts the rows of the file, for errors.
+
+    Raises:
+        DataError: a value does not fit.
+    """
+    return Events(
+        time_us=_times(frame[timestamp], path),
+        keys={name: _keys(frame[name], path) for name in keys},
+        numbers={name: _numbers(frame[name], path) for name in numbers},
+    )
 
 
 def load_items(table: ItemTable, base: Path) -> dict[str, dict[str, str]]:
@@ -137,14 +151,15 @@ def _numbers(series: "pd.Series[Any]", path: Path) -> Numbers:
     infinite = np.flatnonzero(np.isinf(values))
     if len(infinite):
         row = int(infinite[0])
-        raise _bad(path, str(series.name), row, f"{series.iloc[row]} is not a finite number")
+        raise _bad(path, str(series.name), int(series.index[row]), f"{series.iloc[row]} is not a finite number")
     return values
 
 
 def _times(series: "pd.Series[Any]", path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     if isinstance(series.dtype, pd.DatetimeTZDtype) or pd.api.types.is_datetime64_any_dtype(series):
         if series.isna().any():
-            raise _bad(path, str(series.name), int(series.isna().to_numpy().argmax()), "the timestamp is missing")
+            row = int(series.index[int(series.isna().to_numpy().argmax())])
+            raise _bad(path, str(series.name), row, "the timestamp is missing")
         return pd.DatetimeIndex(pd.to_datetime(series, utc=True)).as_unit("us").asi8
     return np.asarray(_parse_unique(series, path, timestamp_us), dtype=np.int64)
 
