@@ -21,7 +21,7 @@ serve: $(VENV)/.installed
 	$(BIN)/assay serve
 
 bench: $(VENV)/.installed
-	@for file in benchmarks/*.py; do $(BIN)/assay bench $$(basename $$file .py) || exit 1; done
+	@for file in benchmarks/[!_]*.py; do $(BIN)/assay bench $$(basename $$file .py) || exit 1; done
 
 # Re-resolve the lock from pyproject.toml in a throw-away environment.
 lock:

@@ -7,6 +7,7 @@ the same instant, later events, or any label. Not covered: tables beyond memory,
 
 # N events, Q queries, V entities, S slots of a state, F features
 
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from assay_features import kernels
 from assay_features.definitions import Entity, FeaturePlan, entity_columns
@@ -32,6 +34,30 @@ class EntityStates:
     time_us: Times  # (V,) last event
     states: Floats  # (V, S)
     sequences: list["RecentValues"]  # (V,) of the plan's Sequence; empty ones without
+
+    def to_arrow(self, entity: Entity) -> pa.Table:
+        """Key columns, event_timestamp, state and sequence as bytes: what the entity's state view holds."""
+        parts = [key.split(KEY_SEPARATOR) for key in self.keys]
+        names = entity_columns(entity)
+        return pa.table(
+            {name: pa.array([part[i] for part in parts], pa.string()) for i, name in enumerate(names)}
+            | {
+                "event_timestamp": pa.array(self.time_us, pa.timestamp("us", tz="UTC")),
+                "state": pa.array([row.astype("<f8", copy=False).tobytes() for row in self.states], pa.binary()),
+                "sequence": pa.array([json.dumps(s).encode() for s in self.sequences], pa.binary()),
+            }
+        )
+
+    @staticmethod
+    def from_arrow(entity: Entity, table: pa.Table) -> "EntityStates":
+        """Read back what `to_arrow` made of at least one row."""
+        columns = [table[name].to_pylist() for name in entity_columns(entity)]
+        keys = np.empty(len(table), dtype=object)
+        keys[:] = [KEY_SEPARATOR.join(parts) for parts in zip(*columns, strict=True)]
+        content = bytearray(b"".join(table["state"].to_pylist()))
+        states = np.frombuffer(content, dtype="<f8").reshape(len(table), -1)
+        sequences = [RecentValues(*map(tuple, json.loads(text))) for text in table["sequence"].to_pylist()]
+        return EntityStates(keys, last_times(states), states, sequences)
 
 
 class RecentValues(NamedTuple):

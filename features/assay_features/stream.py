@@ -15,6 +15,7 @@ import json
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from assay_features.vectors import NEVER_US, RecordKeys, ViewLayout, read_rows
 _STATE, _SEQUENCE = "state", "sequence"
 # Ids of late times are forgotten when so many are held, or twice as many as were left the last time.
 _MAX_IDS = 100_000
+_LOAD_BATCH = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ class EventStream:
         self._log_folder = log_folder
         self._entities = {entity: _EntityStore(project, plan, entity) for entity in plan.entities}
         self._meta_key = f"\0stream\0{project}\0{plan.version}".encode()
+        self._ids_key = f"\0ids\0{project}\0{plan.version}".encode()
         self._columns = _Columns(plan)
         self._lock = threading.RLock()
         self._log: EventLog | None = None
@@ -221,22 +224,35 @@ class EventStream:
                 self._checkpoint_soon()
             return PushReport(len(fresh), duplicates, late)
 
-    def load(self, states: Mapping[Entity, EntityStates], *, until_us: int) -> None:
+    def load(
+        self, states: Mapping[Entity, EntityStates], *, until_us: int, ids: Mapping[str, int] | None = None
+    ) -> None:
         """Publish a batch of states, made from all events up to `until_us`. Newer events that the log still has are
         folded in again; states of entities that the batch does not know stay.
+
+        ids: event id → µs of the events in the batch, so that one pushed again is known; only those that could
+        still come are kept. None leaves those of the batch before.
         """
         with self._lock:
-            for entity, batch in states.items():
-                held = self._entities[entity]
-                segments = held.pack(batch.states, batch.sequences)
-                keys = held.record_keys(batch.keys.tolist())
-                for i in range(0, len(keys), 10_000):
-                    part = slice(i, i + 10_000)
-                    self._store.put_many(dict(zip(keys[part], segments[part], strict=True)))
+            self.load_part(states)
+            if ids is not None:
+                oldest_us = int(until_us) - int(self._settings.allowed_lateness_s * 1e6)
+                kept = {name: t for name, t in ids.items() if t >= oldest_us}
+                self._store.put_many({self._ids_key: zlib.compress(json.dumps(kept).encode(), 1)})
             upto = self._log.next_position if self._log is not None else _next_position(self._log_folder)
             meta = {"until_us": int(until_us), "position": upto, "batch": time.time_ns()}
             self._store.put_many({self._meta_key: json.dumps(meta).encode()})
             self._refresh()
+
+    def load_part(self, states: Mapping[Entity, EntityStates]) -> None:
+        """Write a part of a batch that does not fit into memory; `load` of nothing, at its end, publishes it."""
+        for entity, batch in states.items():
+            held = self._entities[entity]
+            segments = held.pack(batch.states, batch.sequences)
+            keys = held.record_keys(batch.keys.tolist())
+            for i in range(0, len(keys), _LOAD_BATCH):
+                part = slice(i, i + _LOAD_BATCH)
+                self._store.put_many(dict(zip(keys[part], segments[part], strict=True)))
 
     def checkpoint(self) -> None:
         """Write states in memory to the disk, and drop what is no longer needed of the log."""
@@ -287,6 +303,9 @@ class EventStream:
             self._replay(self._log)
 
     def _replay(self, log: EventLog) -> None:
+        [known] = self._store.get_many([self._ids_key])
+        if known is not None:
+            self._ids.update(json.loads(zlib.decompress(known)))
         until_us, upto = self._batch.get("until_us", NEVER_US), self._batch.get("position", 0)
         self._watermark_us = max(self._watermark_us, until_us)
         segments = [first for first, _ in log.segments()]

@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list models, versions and aliases")
     models.add_argument("--json", action="store_true", help="as JSON")
 
+    _add_features(commands)
+
     interface = commands.add_parser("ui", help="the MLflow page, loopback by default")
     interface.add_argument("--host", default="127.0.0.1")
     interface.add_argument("--port", type=int, default=5000)
@@ -105,6 +107,47 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", metavar="NAME")
     bench.add_argument("--json", action="store_true", help="end with one JSON line")
     return parser
+
+
+def _add_features(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    features = commands.add_parser("features", help="what features there are, and how they get into the store")
+    actions = features.add_subparsers(dest="features_command", metavar="ACTION", required=True, parser_class=_Parser)
+
+    listing = actions.add_parser("list", help="every feature of every model")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+
+    show = actions.add_parser("show", help="one feature: its definition as code, and which plans have it")
+    show.add_argument("name", metavar="NAME", help="such as card__amount__mean__7d")
+
+    plan = actions.add_parser("plan", help="what features a schema gives, before anything is computed")
+    plan.add_argument("--schema", type=Path, required=True, metavar="FILE.toml")
+    plan.add_argument("--plan", type=Path, metavar="FILE.json", help="show this plan instead of the default one")
+    plan.add_argument("--out", type=Path, metavar="FILE.json", help="write it, to be edited")
+
+    for name, text in (
+        ("backfill", "compute the features of a table of any size, register them, load the online store"),
+        ("verify", "replay history through the stream and compare with batch, cell by cell"),
+    ):
+        command = actions.add_parser(name, help=text)
+        command.add_argument("application", choices=("fraud", "recommend"), metavar="APP", help="fraud or recommend")
+        command.add_argument("--data", required=True, metavar="NAME|FILE")
+        command.add_argument("--schema", type=Path, metavar="FILE.toml")
+        command.add_argument("--name", metavar="MODEL", help="name of the repository (default: APP-DATA)")
+        command.add_argument("--plan", type=Path, metavar="FILE.json", help="instead of the schema's default plan")
+        if name == "backfill":
+            command.add_argument("--partitions", type=int, metavar="N", help="default: 500,000 events each")
+        else:
+            command.add_argument("--rows", type=int, default=10_000, metavar="N",
+                                 help="the newest N events (default: 10000)")  # fmt: skip
+
+    materialize = actions.add_parser("materialize", help="load the states of a backfill into the online store again")
+    materialize.add_argument("model", metavar="MODEL")
+    materialize.add_argument("--plan", metavar="VERSION", help="default: the newest")
+
+    push = actions.add_parser("push", help="send a file of events through the stream")
+    push.add_argument("model", metavar="MODEL")
+    push.add_argument("file", type=Path, metavar="FILE", help="CSV or Parquet with the schema's columns")
+    push.add_argument("--plan", metavar="VERSION", help="default: the newest")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,6 +35,7 @@ def dispatch(call: argparse.Namespace) -> int:
         "ui": _ui,
         "doctor": _doctor,
         "bench": _bench,
+        "features": _features,
     }
     return commands[call.command](call, config)
 
@@ -298,9 +299,29 @@ def _demo(call: argparse.Namespace, config: Config) -> int:
     return run_demo(config, keep=call.keep, port=call.port)
 
 
+def _features(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines import features
+
+    actions: dict[str, Callable[[argparse.Namespace, Config], int]] = {
+        "list": features.list_features,
+        "show": features.show_feature,
+        "plan": features.show_plan,
+        "materialize": features.run_materialize,
+        "push": features.run_push,
+    }
+    if call.features_command in actions:
+        return actions[call.features_command](call, config)
+    reporter = Reporter()
+    options = make_options(
+        config, call.application, call.data, schema_file=call.schema, name=call.name, reporter=reporter
+    )
+    work = features.run_backfill if call.features_command == "backfill" else features.run_verify
+    return work(options, call, reporter)
+
+
 def _bench(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
     root = Path(__file__).resolve().parents[2] / "benchmarks"
-    names = sorted(path.stem for path in root.glob("*.py"))
+    names = sorted(path.stem for path in root.glob("[!_]*.py"))
     if call.name not in names:
         known = ", ".join(names) or f"none: benchmarks belong to a checkout, and {root} is not there"
         raise InputError(f"unknown benchmark {call.name!r}; known are {known}")

@@ -15,6 +15,8 @@ Requests for plain features of entities with string or integer keys are answered
 if somebody asks for it (`response.proto`, the feature server); all others take Feast's own way over the same records.
 """
 
+import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,7 @@ from feast.feature_service import FeatureService
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.infra.registry.base_registry import BaseRegistry
+from feast.infra.supported_async_methods import SupportedAsyncMethods
 from feast.online_response import OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus, GetOnlineFeaturesResponse
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -44,6 +47,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from assay_features.vectors import (
+    EXPIRED,
     NEVER_US,
     NOT_FOUND,
     NULL,
@@ -73,9 +77,16 @@ _KINDS: dict[ValueType, tuple[Kind, str]] = {
     ValueType.STRING: ("str", "string_val"),
     ValueType.BYTES: ("bytes", "bytes_val"),
 }
+# An expired value is given with its status, as Feast's own precomputed vectors do.
+_HELD = (PRESENT, EXPIRED)
 # What `tolist` already turns into what Feast would give.
 _FAST = ("double_val", "float_val", "int64_val", "int32_val", "bool_val")
-_STATUS = {PRESENT: FieldStatus.PRESENT, NULL: FieldStatus.PRESENT, NOT_FOUND: FieldStatus.NOT_FOUND}
+_STATUS = {
+    PRESENT: FieldStatus.PRESENT,
+    NULL: FieldStatus.PRESENT,
+    NOT_FOUND: FieldStatus.NOT_FOUND,
+    EXPIRED: FieldStatus.OUTSIDE_MAX_AGE,
+}
 
 # LMDB lets a process open a file once, so stores of one folder are shared; they live as long as somebody uses them.
 _OPEN: WeakValueDictionary[Path, TieredStore] = WeakValueDictionary()
@@ -134,6 +145,25 @@ class TieredOnlineStore(OnlineStore):
         if self._store is None:
             self._store = open_store(config)
         return self._store
+
+    # ------------------------------------------------------------------ from event loops
+
+    @property
+    def async_supported(self) -> SupportedAsyncMethods:
+        """Reads and writes, in threads: they take microseconds in memory, and wait for disks otherwise."""
+        return SupportedAsyncMethods(read=True, write=True)
+
+    async def online_read_async(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """`online_read` beside the event loop."""
+        return await asyncio.to_thread(self.online_read, *args, **kwargs)
+
+    async def online_write_batch_async(self, *args: Any, **kwargs: Any) -> None:
+        """`online_write_batch` beside the event loop."""
+        await asyncio.to_thread(self.online_write_batch, *args, **kwargs)
+
+    async def get_online_features_async(self, *args: Any, **kwargs: Any) -> OnlineResponse:
+        """`get_online_features` beside the event loop."""
+        return await asyncio.to_thread(self.get_online_features, *args, **kwargs)
 
     # ------------------------------------------------------------------ writing
 
@@ -346,7 +376,10 @@ class TieredOnlineStore(OnlineStore):
 
 
 class ColumnarResponse(OnlineResponse):
-    """Columns that become protobuf when `proto` is asked for. `status` and `event_us` tell what is missing and why."""
+    """Columns that become protobuf when `proto` is asked for.
+
+    status: feature → (N,) PRESENT, NULL, NOT_FOUND or EXPIRED (older than the view's TTL). event_us: feature → (N,).
+    """
 
     def __init__(self, keys: dict[str, list[Any]]) -> None:
         self._keys = keys
@@ -359,10 +392,16 @@ class ColumnarResponse(OnlineResponse):
     def add(self, view: FeatureView, names: list[str], prefix: str, rows: ViewRows) -> None:
         """Take in the fields of one view."""
         types = {field.name: field.dtype.to_value_type() for field in view.features}
+        is_old = None
+        if view.ttl:
+            is_old = rows.event_us < int((time.time() - view.ttl.total_seconds()) * 1e6)
         for f, name in enumerate(names):
             self._feature_types[prefix + name] = types[name]
             self._values[prefix + name] = (rows.columns[name], _value_attribute(types[name]))
-            self.status[prefix + name] = rows.status[:, f]
+            status = rows.status[:, f]
+            self.status[prefix + name] = (
+                status if is_old is None else np.where(is_old & (status == PRESENT), EXPIRED, status)
+            )
             self.event_us[prefix + name] = rows.event_us
 
     def column(self, name: str) -> NDArray[Any]:
@@ -393,7 +432,7 @@ class ColumnarResponse(OnlineResponse):
             response.results.append(
                 vector(
                     values=[
-                        _proto(value, attribute) if present == PRESENT else Value()
+                        _proto(value, attribute) if present in _HELD else Value()
                         for value, present in zip(column, status, strict=True)
                     ],
                     statuses=[_STATUS[int(value)] for value in status],
@@ -408,7 +447,7 @@ class ColumnarResponse(OnlineResponse):
         if include_event_timestamps:
             out.update({f"{name}__ts": [0] * len(values) for name, values in self._keys.items()})
         for name, (column, attribute) in self._values.items():
-            present = self.status[name] == PRESENT
+            present = np.isin(self.status[name], _HELD)
             if attribute not in _FAST:
                 values = [
                     feast_value_type_to_python_type(_proto(value, attribute), self._feature_types[name])

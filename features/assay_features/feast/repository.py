@@ -21,16 +21,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from assay_platform.storage import atomic_file, write_bytes
+from assay_platform.storage import atomic_file, write_bytes, write_json
 from assay_platform.storage.tiered import TieredStore
 from feast import Entity as FeastEntity
 from feast import FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Bytes, Float64
 
 from assay_features.batch import EntityStates
-from assay_features.definitions import Entity, FeaturePlan, entity_columns, entity_name
+from assay_features.definitions import Entity, FeaturePlan, as_code, entity_columns, entity_name
 from assay_features.embeddings import EmbeddingTable
-from assay_features.events import KEY_SEPARATOR, Events
+from assay_features.events import Events
 from assay_features.feast.offline_store import CLASS_PATH as OFFLINE
 from assay_features.feast.offline_store import TIMESTAMP
 from assay_features.feast.online_store import CLASS_PATH as ONLINE
@@ -79,15 +79,43 @@ class FeatureRepository:
         plan: FeaturePlan,
         values: Mapping[Entity, pd.DataFrame],
         states: Mapping[Entity, EntityStates],
+        *,
+        schema: Mapping[str, Any] | None = None,
         tables: Mapping[str, EmbeddingTable] | None = None,
+        ids: Mapping[str, int] | None = None,
     ) -> None:
         """Write the files, register all objects, load the states into the online store.
 
         values: entity → frame of keys, event_timestamp and the entity's features. states: entity → states.
-        tables: those of the plan's embeddings.
+        schema: the schema document, kept beside the plan. tables: those of the plan's embeddings.
+        ids: event id → µs of the table's events, so that one sent again is known.
         """
         for table in (tables or {}).values():
             table.save(self.folder / "embeddings")
+        value_paths = {
+            entity: self._write(
+                f"{_values_view(plan, entity)}.parquet", pa.Table.from_pandas(frame, preserve_index=False)
+            )
+            for entity, frame in values.items()
+            if plan.of_entity(entity)
+        }
+        state_paths = {
+            entity: self._write(f"{state_view(plan, entity)}.parquet", states[entity].to_arrow(entity))
+            for entity in plan.entities
+        }
+        self.register(plan, value_paths, state_paths, schema=schema)
+        newest = [int(s.time_us.max()) for s in states.values() if len(s.time_us)]
+        self.online(plan).load(states, until_us=max(newest, default=0), ids=ids)
+
+    def register(
+        self,
+        plan: FeaturePlan,
+        values: Mapping[Entity, Path],
+        states: Mapping[Entity, Path],
+        *,
+        schema: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make the plan's Feast objects over Parquet files or folders of them."""
         objects: dict[str, Any] = {}
         value_views, state_views = [], []
         for entity in plan.entities:
@@ -95,22 +123,18 @@ class FeatureRepository:
                 FeastEntity(name=name, join_keys=[name], value_type=ValueType.STRING) for name in entity_columns(entity)
             ]
             objects.update({key.name: key for key in keys})
-            features = plan.of_entity(entity)
-            if entity in values and features:
+            if entity in values:
                 name = _values_view(plan, entity)
-                path = self._write(f"{name}.parquet", pa.Table.from_pandas(values[entity], preserve_index=False))
-                schema = [Field(name=d.name, dtype=Float64, description=repr(d)) for d in features]
-                value_views.append(
-                    FeatureView(name=name, entities=keys, schema=schema, source=_source(name, path), online=False)
-                )
+                fields = [Field(name=d.name, dtype=Float64, description=as_code(d)) for d in plan.of_entity(entity)]
+                source = _source(name, values[entity])
+                value_views.append(FeatureView(name=name, entities=keys, schema=fields, source=source, online=False))
             name = state_view(plan, entity)
-            path = self._write(f"{name}.parquet", _state_table(entity, states[entity]))
             state_views.append(
                 FeatureView(
                     name=name,
                     entities=keys,
                     schema=[Field(name="state", dtype=Bytes), Field(name="sequence", dtype=Bytes)],
-                    source=_source(name, path),
+                    source=_source(name, states[entity]),
                     online=True,
                     tags={FAMILY_TAG: name},
                 )
@@ -118,10 +142,15 @@ class FeatureRepository:
         services = [FeatureService(name=f"online_{plan.version}", features=list[Any](state_views))]
         if value_views:
             services.append(FeatureService(name=_training_service(plan), features=list[Any](value_views)))
-        newest = [int(s.time_us.max()) for s in states.values() if len(s.time_us)]
         with self._lock:
             self.store.apply([*objects.values(), *value_views, *state_views, *services])
-            self.online(plan).load(states, until_us=max(newest, default=0))
+            write_json(self.folder / "plans" / f"{plan.version}.json", {"plan": plan.to_dict(), "schema": schema})
+
+    def plans(self) -> dict[str, tuple[FeaturePlan, Mapping[str, Any] | None]]:
+        """Every plan registered here with its schema document, by version, oldest first."""
+        files = sorted((self.folder / "plans").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        documents = {path.stem: json.loads(path.read_text()) for path in files}
+        return {name: (FeaturePlan.from_dict(d["plan"]), d["schema"]) for name, d in documents.items()}
 
     def training_features(self, plan: FeaturePlan, spine: Events) -> dict[str, Floats]:
         """Point-in-time features of every spine row, in order, through Feast's `get_historical_features`."""
@@ -198,17 +227,3 @@ def _training_service(plan: FeaturePlan) -> str:
 
 def _source(name: str, path: Path) -> FileSource:
     return FileSource(name=name, path=str(path), timestamp_field=TIMESTAMP)
-
-
-def _state_table(entity: Entity, states: EntityStates) -> pa.Table:
-    names = entity_columns(entity)
-    parts = [[key] for key in states.keys] if len(names) == 1 else [key.split(KEY_SEPARATOR) for key in states.keys]
-    columns = {name: pa.array([part[i] for part in parts], pa.string()) for i, name in enumerate(names)}
-    return pa.table(
-        {
-            **columns,
-            TIMESTAMP: pa.array(states.time_us, pa.timestamp("us", tz="UTC")),
-            "state": pa.array([row.astype("<f8").tobytes() for row in states.states], pa.binary()),
-            "sequence": pa.array([json.dumps(s).encode() for s in states.sequences], pa.binary()),
-        }
-    )

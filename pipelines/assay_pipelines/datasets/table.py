@@ -4,20 +4,28 @@ Every row is checked before any work starts. An error names the file, the column
 without the header) and what is allowed.
 """
 
+import csv
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+from assay_features.backfill import Source
+from assay_features.definitions import FeaturePlan
 from assay_features.events import Events, Keys, Numbers, canonical_key, number, timestamp_us
 from assay_features.schema import FraudSchema, ItemTable, Schema
 from assay_platform.errors import DataError
+from assay_platform.storage import atomic_file
 
+# A chunk of a table that is not read at once: so many rows, or one row group if that is larger.
+_ROWS_A_CHUNK = 250_000
 _TRUE, _FALSE = {"1", "true"}, {"0", "false"}
 
 
@@ -71,6 +79,98 @@ def events_of_frame(
     )
 
 
+def read_events(path: Path, schema: Schema, plan: FeaturePlan) -> Events:
+    """Events without labels, in the order of the file, with what the plan needs of them: what is pushed.
+
+    Raises:
+        DataError: the file cannot be read, a column is missing, or a value does not fit.
+    """
+    columns = [schema.timestamp, *plan.key_columns(), *plan.number_columns(), *([schema.id] if schema.id else [])]
+    frame = _read(path, list(dict.fromkeys(columns)))
+    if frame.empty:
+        raise DataError(f"{path}: has no rows")
+    events = events_of_frame(
+        frame, path, timestamp=schema.timestamp, keys=plan.key_columns(), numbers=plan.number_columns()
+    )
+    return events if schema.id is None else replace(events, ids=_keys(frame[schema.id], path))
+
+
+def recent_ids(path: Path, schema: Schema, seconds: float) -> dict[str, int] | None:
+    """Event id → µs of the events in the last so many seconds of a table; None without an id column."""
+    if schema.id is None:
+        return None
+    frame = _read(path, [schema.timestamp, schema.id])
+    time_us = _times(frame[schema.timestamp], path)
+    late = time_us >= time_us.max() - int(seconds * 1e6)
+    return {str(key): int(t) for key, t in zip(_keys(frame[schema.id][late], path), time_us[late], strict=True)}
+
+
+def chunked_source(path: Path, schema: Schema, plan: FeaturePlan, scratch: Path) -> Source:
+    """The same table in chunks, for a backfill: the columns that the plan needs, checked as they are read.
+
+    A CSV file is turned into Parquet in `scratch` first, as text and in bounded memory.
+
+    Raises:
+        DataError: the file cannot be read or a column is missing.
+    """
+    columns = list(dict.fromkeys([schema.timestamp, *plan.key_columns(), *plan.number_columns()]))
+    _check_file(path)
+    given = path.stat()
+    identity = f"{path.name}:{given.st_size}:{given.st_mtime_ns}:{schema.timestamp}"
+    try:
+        if path.suffix.lower() not in (".parquet", ".pq"):
+            path = _csv_as_parquet(path, columns, scratch / f"{path.stem}-{given.st_mtime_ns}.parquet")
+        metadata = pq.read_metadata(path)
+        _require(columns, metadata.schema.to_arrow_schema().names, path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as CSV or Parquet: {error}") from error
+    groups: list[tuple[int, int, int]] = []  # first row group, one past the last, first row
+    row = 0
+    for i in range(metadata.num_row_groups):
+        if not groups or row - groups[-1][2] >= _ROWS_A_CHUNK:
+            groups.append((i, i + 1, row))
+        else:
+            groups[-1] = (groups[-1][0], i + 1, groups[-1][2])
+        row += metadata.row_group(i).num_rows
+    if row == 0:
+        raise DataError(f"{path}: has no rows")
+    read = partial(_read_chunk, path, tuple(groups), schema.timestamp, plan.key_columns(), plan.number_columns())
+    return Source(num_rows=row, num_chunks=len(groups), identity=identity, read=read)
+
+
+def _read_chunk(
+    path: Path,
+    groups: Sequence[tuple[int, int, int]],
+    timestamp: str,
+    keys: Sequence[str],
+    numbers: Sequence[str],
+    chunk: int,
+) -> Events:
+    first, end, first_row = groups[chunk]
+    columns = list(dict.fromkeys([timestamp, *keys, *numbers]))
+    frame: pd.DataFrame = pq.ParquetFile(path).read_row_groups(range(first, end), columns=columns).to_pandas()
+    frame.index = pd.RangeIndex(first_row, first_row + len(frame))
+    return events_of_frame(frame, path, timestamp=timestamp, keys=keys, numbers=numbers)
+
+
+def _csv_as_parquet(path: Path, columns: list[str], target: Path) -> Path:
+    if target.is_file():
+        return target
+    with path.open("rb") as handle:
+        present = next(csv.reader([handle.readline().decode("utf-8-sig")]), [])
+    _require(columns, present, path)
+    options = pacsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns,
+                                   strings_can_be_null=True)  # fmt: skip
+    with (
+        pacsv.open_csv(path, convert_options=options) as reader,
+        atomic_file(target) as part,
+        pq.ParquetWriter(part, reader.schema) as writer,
+    ):
+        for batch in reader:
+            writer.write_batch(batch)
+    return target
+
+
 def load_items(table: ItemTable, base: Path) -> dict[str, dict[str, str]]:
     """Item id → its text and categorical columns. A relative path is relative to `base`, the schema's folder."""
     path = Path(table.path) if Path(table.path).is_absolute() else base / table.path
@@ -85,11 +185,15 @@ def load_items(table: ItemTable, base: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty")
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    _check_file(path)
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
             present = pq.read_schema(path).names

@@ -102,8 +102,12 @@ class Prepared:
             from assay_features.feast.repository import FeatureRepository, value_frames
 
             repository = FeatureRepository(options.feature_repository)
-            repository.publish(self.plan, value_frames(self.plan, self.events, values), states)
+            past = self.history_events
+            ids = None if past.ids is None else dict(zip(past.ids.tolist(), past.time_us.tolist(), strict=True))
+            frames = value_frames(self.plan, self.events, values)
+            repository.publish(self.plan, frames, states, schema=schema_to_dict(self.schema), ids=ids)
             history = repository.training_features(self.plan, self.events)
+            repository.close()
             num_keys = sum(len(s.keys) for s in states.values())
             stage.update(1.0, f"{num_keys:,} keys online")
         return model_columns(self.plan, self.events, history)

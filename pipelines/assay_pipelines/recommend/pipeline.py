@@ -157,8 +157,9 @@ class Prepared:
             states = {entity: final_states(self.plan, entity, events) for entity in self.plan.entities}
             repository = FeatureRepository(self._options.feature_repository)
             frames = value_frames(item_only, spine, values)
-            repository.publish(self.plan, frames, states)
+            repository.publish(self.plan, frames, states, schema=schema_to_dict(self.schema))
             history = repository.training_features(self.plan, spine)
+            repository.close()
             stage.update(1.0, f"{len(spine):,} item moments, plan {self.plan.version}")
         shape = (len(moments), len(self.items), len(self.plan.numeric_names))
         return _StoreFeatures(moments, ranker_columns(self.plan, history).reshape(shape))

@@ -1,0 +1,285 @@
+"""`assay features …`: what features there are, what they mean, and how they get into the store."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from assay_features.definitions import FeaturePlan, as_code, entity_name
+from assay_features.schema import FraudSchema, Schema, schema_from_dict, schema_to_dict
+from assay_platform.config import Config
+from assay_platform.errors import InputError, WorkError
+from assay_platform.storage import write_json
+
+from assay_pipelines.console import Reporter, say
+from assay_pipelines.options import RunOptions
+
+if TYPE_CHECKING:
+    from assay_features.events import Events
+    from assay_features.feast.repository import FeatureRepository
+
+_PUSH_BATCH = 5000
+# Two ways to add up the same numbers; the engine's are the same code, so this is only for what a peer might do.
+_TOLERANCE = 1e-9
+
+
+def default_plan_of(schema: Schema) -> FeaturePlan:
+    """The features that a model of this schema gets."""
+    if isinstance(schema, FraudSchema):
+        from assay_pipelines.fraud.features import default_plan
+
+        return default_plan(schema)
+    from assay_features.items import item_plan
+
+    return item_plan(schema)
+
+
+def read_plan(path: Path) -> FeaturePlan:
+    """A plan from the JSON file that `assay features plan --out` writes.
+
+    Raises:
+        InputError: the file is not one, or a definition is wrong.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a feature plan ({error})") from error
+    if not isinstance(document, dict) or not isinstance(document.get("definitions"), list):
+        raise InputError(f'{path}: is not a feature plan; expected {{"definitions": […]}}')
+    return FeaturePlan.from_dict(document)
+
+
+def list_features(call: argparse.Namespace, config: Config) -> int:
+    """Every feature of every plan in every repository."""
+    rows = [
+        {"model": model, "plan": version, "entity": _entity_of(definition), "kind": type(definition).__name__,
+         "name": definition.name, "code": as_code(definition)}
+        for model, version, plan, _ in _registered(config)
+        for definition in plan.definitions
+    ]  # fmt: skip
+    if call.json:
+        say(json.dumps(rows))
+        return 0
+    if not rows:
+        say("no features yet; `assay run`, `assay demo` or `assay features backfill` makes some")
+    widths = {key: max((len(row[key]) for row in rows), default=0) for key in ("model", "entity", "kind")}
+    for row in rows:
+        say(f"{row['model']:<{widths['model']}}  {row['plan']}  {row['entity']:<{widths['entity']}}  "
+            f"{row['kind']:<{widths['kind']}}  {row['name']}")  # fmt: skip
+    return 0
+
+
+def show_feature(call: argparse.Namespace, config: Config) -> int:
+    """One feature: its definition as code, and which plans have it."""
+    found: dict[str, list[str]] = {}
+    names: set[str] = set()
+    for model, version, plan, _ in _registered(config):
+        for definition in plan.definitions:
+            names.add(definition.name)
+            if definition.name == call.name:
+                found.setdefault(as_code(definition), []).append(f"{model}, plan {version}")
+    if not found:
+        near = sorted(name for name in names if call.name in name)[:5]
+        hint = f"; near it are {', '.join(near)}" if near else "; `assay features list` shows all"
+        raise InputError(f"there is no feature {call.name!r}{hint}")
+    for code, places in found.items():
+        say(code)
+        for place in places:
+            say(f"    in {place}")
+    return 0
+
+
+def show_plan(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 - one form for all commands
+    """What features a schema gives, before anything is computed."""
+    from assay_features.schema import read_schema
+    from assay_features.state import StateLayout
+
+    schema = read_schema(call.schema)
+    plan = read_plan(call.plan) if call.plan else default_plan_of(schema)
+    say(f"plan {plan.version}: {len(plan.definitions)} definitions")
+    for definition in plan.definitions:
+        say(f"    {as_code(definition)}")
+    for entity in plan.entities:
+        size = 8 * StateLayout(plan.of_entity(entity)).size
+        say(f"online state of one {entity_name(entity)}: {size:,} bytes")
+    if call.out:
+        write_json(call.out, plan.to_dict())
+        say(f"written to {call.out}; edit it and give it to `assay features backfill --plan`")
+    return 0
+
+
+def run_backfill(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
+    """Compute features of a table of any size, register them, load the online states."""
+    from assay_features.backfill import backfill
+    from assay_features.feast.repository import FeatureRepository
+    from assay_features.stream import StreamSettings
+    from assay_platform.tasks.cluster import ray_cluster
+
+    from assay_pipelines.datasets.table import chunked_source, recent_ids
+
+    plan = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
+    folder = options.feature_repository / "backfill" / plan.version
+    source = chunked_source(options.table, options.schema, plan, options.feature_repository / "backfill")
+    with ray_cluster(), reporter.stage("backfill", "Compute features") as stage:
+        result = backfill(plan, source, folder, num_partitions=call.partitions, on_progress=stage.update)
+    with reporter.stage("register", "Register in Feast"):
+        repository = FeatureRepository(options.feature_repository)
+        repository.register(
+            plan,
+            {entity: result.features(entity) for entity in plan.entities if plan.of_entity(entity)},
+            {entity: result.states_folder(entity) for entity in plan.entities},
+            schema=schema_to_dict(options.schema),
+        )
+    ids = recent_ids(options.table, options.schema, StreamSettings().allowed_lateness_s)
+    num_keys = _materialize(repository, plan, reporter, ids)
+    repository.close()
+    say(f"{options.model_name}: plan {plan.version}, {source.num_rows:,} events, {num_keys:,} keys online")
+    return 0
+
+
+def run_materialize(call: argparse.Namespace, config: Config) -> int:
+    """Load the states of a backfill into the online store again."""
+    repository, version, plan, _ = _repository(config, call.model, call.plan)
+    num_keys = _materialize(repository, plan, Reporter())
+    repository.close()
+    say(f"{call.model}: plan {version}, {num_keys:,} keys online")
+    return 0
+
+
+def _materialize(
+    repository: "FeatureRepository", plan: FeaturePlan, reporter: Reporter, ids: dict[str, int] | None = None
+) -> int:
+    from assay_features.backfill import Backfilled
+
+    folder = repository.folder / "backfill" / plan.version
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"plan {plan.version} has no backfill; `assay features backfill` makes one")
+    done = Backfilled(folder, 0, 0)
+    stream = repository.online(plan)
+    num_keys, newest = 0, 0
+    with reporter.stage("materialize", "Load the online store") as stage:
+        for entity in plan.entities:
+            for states in done.states(entity):
+                stream.load_part({entity: states})
+                num_keys += len(states.keys)
+                newest = max(newest, int(states.time_us.max()))
+                stage.update(0.0, f"{num_keys:,} keys")
+        # Only now do readers of the log count from this batch, so a kill before changes nothing that matters.
+        stream.load({}, until_us=newest, ids=ids)
+    return num_keys
+
+
+def run_push(call: argparse.Namespace, config: Config) -> int:
+    """Send a file of events through the stream, as `POST /v1/events` would."""
+    repository, version, plan, document = _repository(config, call.model, call.plan)
+    schema = _schema(document, call.model)
+    accepted, duplicates, late = 0, 0, 0
+    reporter = Reporter()
+    with reporter.stage("push", f"Push {call.file.name}") as stage:
+        stream = repository.online(plan)
+        total, batches = _batches(call.file, schema, plan)
+        for first, events in batches:
+            try:
+                report = stream.push(events)
+            except WorkError as error:
+                raise WorkError(f"{error}; the first {accepted:,} events are safe") from error
+            accepted += report.accepted
+            duplicates += len(report.duplicates)
+            late += len(report.late)
+            stage.update((first + len(events)) / total, f"{accepted:,} accepted")
+        repository.close()
+    say(f"{call.model}, plan {version}: {accepted:,} accepted, {duplicates:,} known already, {late:,} too late")
+    return 0
+
+
+def run_verify(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
+    """Replay the newest rows one at a time through the stream, and compare with batch, cell by cell.
+
+    Raises:
+        WorkError: a cell differs.
+    """
+    import tempfile
+
+    from assay_features.batch import features_at
+    from assay_features.feast.repository import FeatureRepository
+    from assay_features.state import entity_keys
+
+    from assay_pipelines.datasets.table import load_table
+
+    plan = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
+    with reporter.stage("load", "Read and check the table"):
+        events = load_table(options.table, options.schema).events
+        events = events.take(slice(max(0, len(events) - call.rows), None))
+    with reporter.stage("batch", "Compute in batch"):
+        batch = features_at(plan, events, events)
+    num_cells, worst = 0, 0.0
+    with tempfile.TemporaryDirectory(prefix="assay-verify-") as scratch, reporter.stage("stream", "Replay") as stage:
+        stream = FeatureRepository(Path(scratch) / "verify").online(plan)
+        keys = {entity: entity_keys(entity, events) for entity in plan.entities if plan.of_entity(entity)}
+        for i in range(len(events)):
+            moment = events.time_us[i : i + 1]
+            read = stream.read({entity: [column[i]] for entity, column in keys.items()}, moment)
+            for name, value in read.values.items():
+                expected, got = float(batch[name][i]), float(value[0])
+                same = (np.isnan(expected) and np.isnan(got)) or abs(expected - got) <= _TOLERANCE * max(
+                    1, abs(expected)
+                )
+                if not same:
+                    raise WorkError(
+                        f"{options.table}: event {i + 1} of the newest {len(events)}: {name} is {got!r} in the stream "
+                        f"and {expected!r} in batch"
+                    )
+                worst = max(worst, 0.0 if np.isnan(expected) else abs(expected - got))
+                num_cells += 1
+            stream.push(events.take(slice(i, i + 1)))
+            if i % 500 == 0:
+                stage.update(i / len(events), f"{num_cells:,} cells")
+        stream.close()
+    say(f"{len(events):,} events, {num_cells:,} cells: stream and batch agree, the largest difference is {worst:g}")
+    return 0
+
+
+def _batches(path: Path, schema: Schema, plan: FeaturePlan) -> tuple[int, Iterator[tuple[int, "Events"]]]:
+    from assay_pipelines.datasets.table import read_events
+
+    events = read_events(path, schema, plan)
+    firsts = range(0, len(events), _PUSH_BATCH)
+    return len(events), ((first, events.take(slice(first, first + _PUSH_BATCH))) for first in firsts)
+
+
+def _registered(config: Config) -> Iterator[tuple[str, str, FeaturePlan, object]]:
+    """Model, version, plan, schema document; read from the plan files alone, so that nothing heavy is imported."""
+    root = config.paths.feature_repositories
+    for path in sorted(root.glob("*/plans/*.json")):
+        document = json.loads(path.read_text())
+        yield path.parent.parent.name, path.stem, FeaturePlan.from_dict(document["plan"]), document["schema"]
+
+
+def _repository(
+    config: Config, model: str, version: str | None
+) -> tuple["FeatureRepository", str, FeaturePlan, object]:
+    from assay_features.feast.repository import FeatureRepository
+
+    folder = config.paths.feature_repositories / model
+    known = sorted(path.parent.name for path in config.paths.feature_repositories.glob("*/plans"))
+    if model not in known:
+        raise InputError(f"{model!r} has no features; known are {', '.join(known) or 'none'}")
+    repository = FeatureRepository(folder)
+    plans = repository.plans()
+    chosen = version or list(plans)[-1]
+    if chosen not in plans:
+        raise InputError(f"--plan {chosen!r}: {model} has the plans {', '.join(plans)}")
+    return repository, chosen, *plans[chosen]
+
+
+def _schema(document: object, model: str) -> Schema:
+    if not isinstance(document, dict):
+        raise InputError(f"the plan of {model!r} was registered without a schema; backfill it again")
+    return schema_from_dict(document)
+
+
+def _entity_of(definition: object) -> str:
+    entity = getattr(definition, "entity", None)
+    return "" if entity is None else entity_name(entity)
