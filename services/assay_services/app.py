@@ -1,6 +1,6 @@
 """The scoring application: `create_app(deps)` is plain ASGI, alone in a process or inside Ray Serve."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,6 +10,7 @@ from assay_features.feast.repository import FeatureRepository
 from assay_platform.config import Config
 from assay_platform.errors import DataError
 from assay_platform.monitoring.metrics import ServiceMetrics
+from assay_platform.storage.tiered import TieredStore
 from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
 from fastapi import FastAPI, Response
 from fastapi.middleware import Middleware
@@ -55,6 +56,7 @@ class Dependencies:
     fraud: Slot[FraudScorer]
     recommend: Slot[ItemRecommender]
     follower: Follower
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -69,11 +71,21 @@ class _Repositories:
             self._open[name] = FeatureRepository(self.root / name)
         return self._open[name]
 
+    def tiers(self) -> dict[str, TieredStore]:
+        """The tiers of those in use."""
+        return {name: repository.tiers for name, repository in list(self._open.items())}
+
+    def close(self) -> None:
+        """Write what is in memory."""
+        for repository in self._open.values():
+            repository.close()
+
 
 def make_dependencies(config: Config, *, fraud: str | None = None, recommend: str | None = None) -> Dependencies:
     """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion."""
     metrics = ServiceMetrics()
     repositories = _Repositories(config.paths.feature_repositories)
+    metrics.watch_tiers(repositories.tiers)
     fraud_slot: Slot[FraudScorer] = Slot(
         "fraud",
         lambda name, folder: FraudScorer.load(folder, repositories.get(name)),
@@ -91,7 +103,9 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
         [fraud_slot, recommend_slot],
         poll_s=config.service.poll_registry_s,
     )
-    return Dependencies(config, KeyStore(config.paths.api_keys), metrics, fraud_slot, recommend_slot, follower)
+    return Dependencies(
+        config, KeyStore(config.paths.api_keys), metrics, fraud_slot, recommend_slot, follower, repositories.close
+    )
 
 
 def create_app(deps: Dependencies) -> FastAPI:
@@ -102,6 +116,7 @@ def create_app(deps: Dependencies) -> FastAPI:
         deps.follower.start()
         yield
         deps.follower.stop()
+        deps.close()
 
     service = deps.config.service
     app = FastAPI(

@@ -262,13 +262,13 @@ class TieredOnlineStore(OnlineStore):
         """Feast's call, answered from one look-up a key."""
         columns = None if include_feature_view_version_metadata else _columnar(entity_rows)
         context = utils._get_cached_request_context(registry, project, features, full_feature_names)
-        _, on_demand, _, _, join_keys, grouped, _, request_data, entityless = context
+        _, on_demand, _, _, _, grouped, _, request_data, entityless = context
         is_plain = (
             columns is not None
             and not on_demand
             and not request_data
             and not entityless
-            and set(columns) == join_keys
+            and set(columns) == {name for view, _ in grouped for name in view.join_keys}
             and all(_is_plain(view) for view, _ in grouped)
         )
         if columns is None or not is_plain:
@@ -307,18 +307,18 @@ class TieredOnlineStore(OnlineStore):
         include_feature_view_version_metadata: bool,
     ) -> None:  # fmt: skip
         """All views of a request in one round trip, for requests that need Feast's own form."""
-        asked: list[bytes] = []
+        asked: dict[bytes, None] = {}
         parts = []
         for table, requested in grouped_refs:
             entities, indexes, length = utils._get_unique_entities(table, join_key_values, entity_name_to_join_key_map)
             keys = [_record_key(config, _family(table), key) for key in utils._get_entity_key_protos(entities)]
-            parts.append((table, requested, indexes, length, slice(len(asked), len(asked) + len(keys))))
-            asked += keys
-        found = self.tiers(config).get_many(asked)
-        for table, requested, indexes, length, span in parts:
+            parts.append((table, requested, indexes, length, keys))
+            asked.update(dict.fromkeys(keys))
+        found = dict(zip(asked, self.tiers(config).get_many(list(asked)), strict=True))
+        for table, requested, indexes, length, keys in parts:
             utils._populate_response_from_feature_data(
-                requested, self._as_protos(config, table, found[span], requested), indexes, online_features_response,
-                full_feature_names, table, length, include_feature_view_version_metadata,
+                requested, self._as_protos(config, table, [found[key] for key in keys], requested), indexes,
+                online_features_response, full_feature_names, table, length, include_feature_view_version_metadata,
             )  # fmt: skip
 
     # ------------------------------------------------------------------ views

@@ -1,6 +1,13 @@
 """Prometheus metrics of one scoring process. Every instance has a registry of its own, so tests do not collide."""
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from assay_platform.storage.tiered import TieredStore
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -39,6 +46,30 @@ class ServiceMetrics:
             "assay_events_total", "Events folded into features", ("application",), registry=self.registry
         )
 
+    def watch_tiers(self, stores: Callable[[], Mapping[str, TieredStore]]) -> None:
+        """Show the tiers of feature stores: hits, moves and bytes. stores: name → store, asked at every scrape."""
+        self.registry.register(_TierCollector(stores))
+
     def render(self) -> bytes:
         """The text that a Prometheus server scrapes."""
         return generate_latest(self.registry)
+
+
+class _TierCollector(Collector):
+    """Reads the statistics of stores when Prometheus asks, so that reading features costs nothing more."""
+
+    def __init__(self, stores: Callable[[], Mapping[str, TieredStore]]) -> None:
+        self._stores = stores
+
+    def collect(self) -> Iterator[Metric]:
+        sizes = GaugeMetricFamily("assay_feature_tier_bytes", "Bytes held by a tier", labels=["store", "tier"])
+        counts = CounterMetricFamily(
+            "assay_feature_tier_events", "Hits, misses and moves between tiers", labels=["store", "event"]
+        )
+        for name, store in self._stores().items():
+            for tier, size in store.sizes_bytes.items():
+                sizes.add_metric([name, tier], size)
+            for event, count in asdict(store.statistics).items():
+                counts.add_metric([name, event], count)
+        yield sizes
+        yield counts

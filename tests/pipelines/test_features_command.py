@@ -1,0 +1,109 @@
+"""`assay features …` on a user's own table."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from assay_pipelines.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["features", *arguments])
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ASSAY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.mark.ray
+def test_from_a_plan_to_pushed_events(
+    home: Path, fraud_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], ray_session: str, tmp_path: Path
+) -> None:
+    table, schema = map(str, fraud_files)
+    assert run(capsys, "list")[1].startswith("no features yet")
+    plan_file = tmp_path / "plan.json"
+    code, out, _ = run(capsys, "plan", "--schema", schema, "--out", str(plan_file))
+    assert code == 0
+    assert "Window(entity='card_id', aggregate='count', length_s=3600)" in out
+    plan = json.loads(plan_file.read_text())
+    plan["definitions"].append(
+        {
+            "kind": "Window",
+            "entity": ["card_id", "store_id"],
+            "aggregate": "distinct",
+            "column": "provider",
+            "length_s": 86400,
+        }
+    )
+    plan_file.write_text(json.dumps(plan))
+    backfill = ("backfill", "fraud", "--data", table, "--schema", schema, "--plan", str(plan_file), "--partitions", "2")
+    code, out, err = run(capsys, *backfill)
+    assert code == 0, err
+    assert "3,000 events" in out
+    code, again, err = run(capsys, *backfill)
+    assert again == out
+    assert "nothing left to do" in err
+    rows = json.loads(run(capsys, "list", "--json")[1])
+    assert {row["model"] for row in rows} == {"fraud-payments"}
+    name = "card_id_and_store_id__provider__distinct__1d"
+    assert name in {row["name"] for row in rows}
+    assert "aggregate='distinct'" in run(capsys, "show", name)[1]
+    code, _, err = run(capsys, "show", "distinct__1d")
+    assert code == 2
+    assert name in err
+
+    newest = pd.read_csv(table).tail(5)
+    more = newest.assign(transaction_id=[f"new{i}" for i in range(5)], datetime=newest["datetime"] + 60)
+    more = pd.concat([newest.tail(1), more, more.head(1)])
+    more.to_csv(tmp_path / "more.csv", index=False)
+    assert (
+        "5 accepted, 2 known already, 0 too late"
+        in run(capsys, "push", "fraud-payments", str(tmp_path / "more.csv"))[1]
+    )
+    assert "0 accepted, 7 known already" in run(capsys, "push", "fraud-payments", str(tmp_path / "more.csv"))[1]
+    assert "keys online" in run(capsys, "materialize", "fraud-payments")[1]
+    assert "0 accepted, 7 known already" in run(capsys, "push", "fraud-payments", str(tmp_path / "more.csv"))[1]
+
+
+def test_verify_compares_every_cell(
+    home: Path, fraud_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, schema = map(str, fraud_files)
+    code, out, _ = run(capsys, "verify", "fraud", "--data", table, "--schema", schema, "--rows", "200")
+    assert code == 0
+    assert "200 events, 4,800 cells: stream and batch agree" in out
+
+
+def test_wrong_calls_say_what_is_known(
+    home: Path, fraud_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    table, schema = map(str, fraud_files)
+    assert run(capsys, "push", "nothing", table)[0] == 2
+    assert run(capsys, "materialize", "nothing")[0] == 2
+    for content, message in (
+        ("[]", "is not a feature plan"),
+        ("{", "cannot be read"),
+        ('{"definitions": [{"kind": "Magic"}]}', "unknown feature kind 'Magic'"),
+        ('{"definitions": [{"kind": "Latest", "entity": "card_id", "column": "colour"}]}', "no column 'colour'"),
+    ):
+        (tmp_path / "plan.json").write_text(content)
+        code, _, err = run(
+            capsys, "backfill", "fraud", "--data", table, "--schema", schema, "--plan", str(tmp_path / "plan.json")
+        )
+        assert code == 2, err
+        assert message in err
+    broken = tmp_path / "broken.csv"
+    shutil.copy(table, broken)
+    with broken.open("a") as file:
+        file.write("t9999,yesterday,0,1.0,c1,s1,alpha,NO,59\n")
+    (tmp_path / "plan.json").write_text('{"definitions": [{"kind": "SinceLatest", "entity": "card_id"}]}')
+    code, _, err = run(capsys, "verify", "fraud", "--data", str(broken), "--schema", schema)
+    assert code == 2
+    assert "column 'datetime', row 3001: 'yesterday'" in err
