@@ -69,6 +69,7 @@ class StateLayout:
 
     def __init__(self, features: tuple[EntityFeature, ...]) -> None:
         self.features = features
+        self.names = tuple(feature.name for feature in features)  # in the order of `apply`'s columns
         self._inputs: dict[_Input, int] = {}
         self._groups: dict[tuple[int, int], int] = {}
         self._components: dict[tuple[int, int, int], int] = {}  # (group, input, kind)
@@ -79,11 +80,6 @@ class StateLayout:
         rows = [self._add(feature) for feature in features]
         self.program, self.size = self._program(rows)
         self._where = tuple(dict.fromkeys(i.where for i in self._inputs if i.where is not None))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Feature names in the order of `apply`'s columns."""
-        return tuple(feature.name for feature in self.features)
 
     # ------------------------------------------------------------------ layout
 

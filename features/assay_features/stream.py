@@ -32,7 +32,7 @@ from assay_features.batch import EntityStates, RecentValues
 from assay_features.definitions import Entity, FeaturePlan, entity_columns, entity_name
 from assay_features.events import KEY_SEPARATOR, Events, Keys
 from assay_features.state import Floats, Index, StateLayout, Times, entity_keys, last_times, positions
-from assay_features.vectors import NEVER_US, RecordKeys, ViewLayout, read_rows
+from assay_features.vectors import NEVER_US, RecordKeys, ViewLayout
 
 _STATE, _SEQUENCE = "state", "sequence"
 # Ids of late times are forgotten when so many are held, or twice as many as were left the last time.
@@ -87,6 +87,12 @@ class _EntityStore:
         self.view = ViewLayout(view, ((_STATE, "bytes"), (_SEQUENCE, "bytes")))
         self._keys = RecordKeys(project, view, entity_columns(entity))
         self._is_composite = not isinstance(entity, str)
+        # Where the state begins in a record: after header, status bytes and its own length.
+        self._state_place = len(self.view.pack({_STATE: b"", _SEQUENCE: b""}, 0)) - 4
+        # What goes around time and state in a record without a sequence.
+        width = 8 * self.layout.size
+        frame = self.view.pack({_STATE: bytes(width)}, 0)
+        self._frame = (frame[:8], frame[16 : self._state_place], frame[self._state_place + width :])
 
     def record_keys(self, keys: Sequence[str]) -> list[bytes]:
         if self._is_composite:
@@ -95,21 +101,19 @@ class _EntityStore:
 
     def unpack(self, records: Sequence[bytes | None]) -> tuple[Floats, list[RecentValues]]:
         """Writable states and sequences; None is an entity never seen."""
-        rows = read_rows(records, self.view, (_STATE, _SEQUENCE))
-        states = self.layout.unpack(rows.columns[_STATE].tolist())
+        # The one segment of such a record is always laid out alike, so it is cut without being parsed.
+        first, end = self._state_place, self._state_place + 8 * self.layout.size
+        states = self.layout.unpack([record and record[first:end] for record in records])
         if self.sequence is None:
             return states, []
-        return states, [_sequence(content) for content in rows.columns[_SEQUENCE]]
+        return states, [_sequence(record and record[end + 4 :]) for record in records]
 
     def pack(self, states: Floats, sequences: Sequence[RecentValues]) -> list[bytes]:
         content = states.astype("<f8", copy=False).tobytes()
         width = 8 * self.layout.size
         times = last_times(states).tolist()
         if self.sequence is None:
-            # All segments are alike but for time and state, so they are cut from one frame.
-            frame = self.view.pack({_STATE: bytes(width)}, 0)
-            place = frame.index(struct.pack("<I", width), 28) + 4
-            head, middle, tail = frame[:8], frame[16:place], frame[place + width :]
+            head, middle, tail = self._frame
             return [
                 b"".join((head, struct.pack("<q", moment), middle, content[i * width : (i + 1) * width], tail))
                 for i, moment in enumerate(times)
@@ -320,9 +324,8 @@ class EventStream:
 
     def _check_clock(self, events: Events) -> None:
         limit_us = int((self._clock() + self._settings.max_ahead_s) * 1e6)
-        ahead = np.flatnonzero(events.time_us > limit_us)
-        if len(ahead):
-            i = int(ahead[0])
+        if events.time_us.max(initial=NEVER_US) > limit_us:
+            i = int(np.argmax(events.time_us > limit_us))
             raise DataError(
                 f"events[{i}]: its time {events.time_us[i] / 1e6:.6f} is "
                 f"{events.time_us[i] / 1e6 - self._clock():.0f} s ahead of this machine's clock; at most "
@@ -331,11 +334,9 @@ class EventStream:
 
     def _sorted_out(self, events: Events) -> tuple[NDArray[np.intp], list[int], list[int]]:
         """Places of new events, of duplicates and of those that are too late."""
-        before = np.concatenate([[self._watermark_us], events.time_us[:-1]])
-        newest = np.maximum.accumulate(before)
-        lateness_us = int(self._settings.allowed_lateness_s * 1e6)
-        too_late = (newest != NEVER_US) & (events.time_us < newest - lateness_us)
-        late = np.flatnonzero(too_late)
+        newest = np.maximum(np.maximum.accumulate(events.time_us), self._watermark_us)
+        too_late = events.time_us < newest - int(self._settings.allowed_lateness_s * 1e6)
+        is_fresh = ~too_late
         duplicates: list[int] = []
         if events.ids is not None:
             here: set[str] = set()
@@ -344,9 +345,9 @@ class EventStream:
                     continue
                 if name in self._ids or name in here:
                     duplicates.append(i)
+                    is_fresh[i] = False
                 here.add(name)
-        fresh = np.setdiff1d(np.arange(len(events)), np.concatenate([late, np.array(duplicates, dtype=np.intp)]))
-        return fresh.astype(np.intp), duplicates, late.tolist()
+        return np.flatnonzero(is_fresh), duplicates, np.flatnonzero(too_late).tolist()
 
     def _fold(self, events: Events, place: Index) -> None:
         for entity, held in self._entities.items():

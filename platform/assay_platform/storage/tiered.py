@@ -3,8 +3,9 @@
 Every key in use has one number, log2 Σ 2^(t / half-life) over the times t of its accesses (LRFU, Lee et al. 2001): it
 only grows, and comparing two of them at any later time compares their decayed counts, so nothing is ever rescaled.
 
-- A read looks in hot, then warm, then cold. What was found lower moves up if there is room or if it is worth more than
-  what it would push out, so one scan of rare keys cannot empty the hot tier.
+- A read looks in hot, then warm, then cold. What was found lower moves into memory if there is room or if it is worth
+  more than what it would push out, so one scan of rare keys cannot empty the hot tier. What is read from cold a second
+  time moves to the disk too, with others in one batch, so reading writes little.
 - `put_many` is done when warm has it; with `durable=False` it is done in memory, for callers that keep a log: such
   values are written together by `flush`, by many of them, or when the hot tier needs their room.
 - When warm outgrows its bytes, the values worth least move to cold: written there first, then removed, so a kill in
@@ -30,7 +31,9 @@ from assay_platform.storage.valkey import ValkeyTier
 
 _MAX_DIRTY = 10_000
 _DEMOTION_BATCH = 1000
+_PROMOTION_BATCH = 256
 _MAX_COUNTS = 5_000_000
+_MAX_THAWED = 1_000_000
 # Demotion goes on until this part of the budget is used, so that it is rare.
 _REFILL = 0.9
 
@@ -53,7 +56,7 @@ class TierStatistics:
 
 
 class _Worth:
-    """How much each key is worth keeping, and which is worth least."""
+    """How much each key is worth keeping, and which is worth least. A key may be on offer more than once."""
 
     def __init__(self, half_life_s: float) -> None:
         self._half_life_s = half_life_s
@@ -74,18 +77,18 @@ class _Worth:
         return self._of.get(key, -math.inf)
 
     def offer(self, key: bytes) -> None:
-        """Let `least` consider a key."""
+        """Let `take_least` consider a key."""
         heapq.heappush(self._heap, (self.of(key), key))
 
-    def least(self, holds: Callable[[bytes], bool]) -> bytes | None:
-        """The key worth least of those offered that the tier still holds; it stays on offer."""
+    def take_least(self, holds: Callable[[bytes], bool]) -> bytes | None:
+        """The key worth least of those offered that the tier still holds; it is not on offer any more."""
         while self._heap:
             worth, key = self._heap[0]
-            if not holds(key):
-                heapq.heappop(self._heap)
-            elif worth != self.of(key):  # it was read meanwhile
+            if worth != self.of(key) and holds(key):  # it was read meanwhile
                 heapq.heapreplace(self._heap, (self.of(key), key))
-            else:
+                continue
+            heapq.heappop(self._heap)
+            if holds(key):
                 return key
         return None
 
@@ -124,6 +127,8 @@ class TieredStore:
         self._seen_commit = warm.last_commit
         self._deletions = 0
         self._demoted_up_to = b""
+        self._thawed: set[bytes] = set()  # read from cold once since they were last in warm
+        self._promoted: dict[bytes, bytes] = {}  # to be written to warm with the next batch
         self.statistics = TierStatistics()
 
     @property
@@ -210,9 +215,24 @@ class TieredStore:
                 self._worth.touch(keys[i], now_s)
         self.statistics.cold_hits += sum(found[i] is not None for i in missing)
         if moved and may_move:
-            self._write_warm(moved)
             self._admit(moved)
+            for key, value in moved.items():
+                # One read brings a value into memory; a second one from cold, onto the disk too, with others.
+                if key in self._thawed:
+                    self._promoted[key] = value
+                self._thawed.add(key)
+            if len(self._promoted) >= _PROMOTION_BATCH:
+                self._promote()
+
+    def _promote(self) -> None:
+        """Write what was read from cold again and again to warm, in one batch."""
+        items, self._promoted = self._promoted, {}
+        if items:
+            self._write_warm(items)
+            self._thawed.difference_update(items)
             self._demote()
+        if len(self._thawed) > _MAX_THAWED:
+            self._thawed.clear()
 
     def keys(self, prefix: bytes = b"") -> Iterator[bytes]:
         """All keys that begin with a prefix, each once, in no promised order."""
@@ -241,6 +261,7 @@ class TieredStore:
             now_s = self._clock()
             for key in items:
                 self._worth.touch(key, now_s)
+                self._promoted.pop(key, None)
             if durable or isinstance(self._hot, ValkeyTier):
                 if isinstance(self._hot, ValkeyTier):
                     # First, so that a server that fails later on cannot answer with what was before.
@@ -262,6 +283,7 @@ class TieredStore:
     def flush(self) -> None:
         """Write what is only in memory, in one batch."""
         with self._lock:
+            self._promote()
             if self._dirty and isinstance(self._hot, MemoryTier):
                 values = {key: self._hot.get(key) for key in self._dirty}
                 self._write_warm({key: value for key, value in values.items() if value is not None})
@@ -285,6 +307,7 @@ class TieredStore:
             self._hot.delete_many(keys)
             for key in keys:
                 self._dirty.pop(key, None)
+                self._promoted.pop(key, None)
                 self._worth.forget(key)
             self._seen_commit = self._warm.last_commit
 
@@ -309,6 +332,7 @@ class TieredStore:
         if commit != self._seen_commit and isinstance(self._hot, MemoryTier):
             held = self._hot.keys()
             self._hot.delete_many([key for key in held if key not in self._dirty])
+            self._promoted = {}
         self._seen_commit = commit
 
     def _admit(self, items: Mapping[bytes, bytes]) -> None:
@@ -327,14 +351,24 @@ class TieredStore:
         hot = self._hot
         if not isinstance(hot, MemoryTier):
             return
+        passed: list[bytes] = []  # not written yet: they stay as long as others can go
         while hot.size_bytes > self._hot_bytes:
-            key = self._worth.least(lambda k: hot.get(k) is not None)
-            if key is None:
-                return
+            key = self._worth.take_least(lambda k: hot.get(k) is not None)
             if key in self._dirty:
+                passed.append(key)
+                continue
+            if key is None:
+                if not passed:
+                    return
                 self.flush()
+                for waiting in passed:
+                    self._worth.offer(waiting)
+                passed = []
+                continue
             hot.delete_many([key])
             self.statistics.evictions += 1
+        for waiting in passed:
+            self._worth.offer(waiting)
 
     def _demote(self) -> None:
         if self._cold is None or self._warm_bytes is None or self._warm.size_bytes <= self._warm_bytes:
