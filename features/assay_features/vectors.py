@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 Kind = Literal["float", "int", "bool", "time", "str", "bytes", "proto"]
 NEVER_US = np.iinfo(np.int64).min
 _FIXED = ("float", "int", "bool", "time")
-_HEADER = struct.Struct("<QqqI")
+# All parts are multiples of 8 bytes, so records of numbers are rows of a matrix as they are.
+_HEADER = struct.Struct("<QqqI4x")
 _LENGTH = struct.Struct("<I")
 _NUMBER = {"float": struct.Struct("<d"), "int": struct.Struct("<q"), "bool": struct.Struct("<q"),
            "time": struct.Struct("<q")}  # fmt: skip
@@ -63,6 +64,16 @@ class ViewLayout:
     def status_bytes(self) -> int:
         """Status bytes with their padding."""
         return -(-len(self.fields) // 8) * 8
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Field → its place."""
+        return {name: i for i, (name, _) in enumerate(self.fields)}
+
+    @cached_property
+    def place_of(self) -> dict[str, int]:
+        """Field of 8 bytes → its place among those."""
+        return {name: i for i, name in enumerate(self.fixed)}
 
     def to_json(self) -> bytes:
         """For keeping beside the records, so that rows of an older layout can still be read."""
@@ -127,6 +138,123 @@ class ViewRows(NamedTuple):
     status: NDArray[np.uint8]  # (N, F) of the fields asked for
     columns: dict[str, NDArray[Any]]  # field → (N,) numbers, 0 where not present; or objects: bytes or None
     event_us: NDArray[np.int64]  # (N,) NEVER_US where not found
+
+
+class Vectors(NamedTuple):
+    """Numbers of several views for N keys, in the order of the reader's fields."""
+
+    status: NDArray[np.uint8]  # (N, F)
+    slots: NDArray[np.int64]  # (N, F) the 8 bytes of every number, 0 where not present
+    event_us: NDArray[np.int64]  # (N, V) of every view
+
+    def column(self, field: int, kind: Kind) -> NDArray[Any]:
+        """(N,) typed values of one field."""
+        slots = self.slots[:, field]
+        return slots.view("<f8") if kind == "float" else slots.astype(bool) if kind == "bool" else slots
+
+
+class _Template(NamedTuple):
+    """Where everything lies in records that begin like a certain one."""
+
+    length: int
+    ids: NDArray[np.int64]  # (G,) layout ids of its segments
+    id_slots: NDArray[np.int64]  # (G,) where they are
+    status_bytes: NDArray[np.int64]  # (F,)
+    value_slots: NDArray[np.int64]  # (F,)
+    time_slots: NDArray[np.int64]  # (V,)
+
+
+class VectorReader:
+    """Decodes the numbers of several views at once: what a feature service asks for, resolved beforehand.
+
+    Records that are laid out alike, the usual case, become one matrix; the others are read one view at a time.
+    """
+
+    def __init__(self, wanted: Sequence[tuple[ViewLayout, Sequence[str]]]) -> None:
+        """wanted: views with their fields; all fields must be of 8 bytes.
+
+        Raises:
+            DataError: a field is not of its view, or is not a number.
+        """
+        self._wanted = [(layout, tuple(fields)) for layout, fields in wanted]
+        for layout, fields in self._wanted:
+            for name in fields:
+                if name not in layout.place_of:
+                    raise DataError(
+                        f"feature view {layout.view!r} has no number {name!r}; it has {', '.join(layout.fixed)}"
+                    )
+        self.num_fields = sum(len(fields) for _, fields in self._wanted)
+        self._templates: dict[bytes, _Template | None] = {}
+
+    def read(
+        self, records: Sequence[bytes | None], older: Callable[[int], ViewLayout | None] = lambda _: None
+    ) -> Vectors:
+        """All numbers of N records."""
+        first = next((record for record in records if record), None)
+        template = None if first is None else self._template(first)
+        if template is None:
+            return self._read_slowly(records, older)
+        blank = bytes(template.length)
+        alike = [record if record is not None and len(record) == template.length else blank for record in records]
+        content = b"".join(alike)
+        matrix = np.frombuffer(content, dtype="<i8").reshape(len(records), -1)
+        fits = (matrix[:, template.id_slots] == template.ids).all(axis=1)
+        status = np.frombuffer(content, dtype=np.uint8).reshape(len(records), -1)[:, template.status_bytes]
+        found = Vectors(status, matrix[:, template.value_slots], matrix[:, template.time_slots])
+        if not fits.all():
+            others = np.flatnonzero(~fits).tolist()
+            slow = self._read_slowly([records[i] for i in others], older)
+            found.status[others], found.slots[others] = slow.status, slow.slots
+            found.event_us[others] = slow.event_us
+        return found
+
+    def _template(self, record: bytes) -> _Template | None:
+        segments: dict[int, int] = {}
+        offset = 0
+        while offset < len(record):
+            layout_id, _, _, length = _HEADER.unpack_from(record, offset)
+            segments[layout_id] = offset
+            offset += _HEADER.size + length
+        shape = struct.pack(f"<{2 * len(segments) + 1}Q", len(record), *segments, *segments.values())
+        if shape not in self._templates:
+            self._templates[shape] = self._made(segments, len(record))
+        return self._templates[shape]
+
+    def _made(self, segments: Mapping[int, int], length: int) -> _Template | None:
+        if length % 8 or any(layout.id not in segments or layout.variable for layout, _ in self._wanted):
+            return None
+        status, values, times = [], [], []
+        for layout, fields in self._wanted:
+            offset = segments[layout.id]
+            body = offset + _HEADER.size
+            times.append(offset // 8 + 1)
+            for name in fields:
+                status.append(body + layout.order[name])
+                values.append((body + layout.status_bytes) // 8 + layout.place_of[name])
+        return _Template(
+            length,
+            np.array(list(segments), dtype=np.uint64).view(np.int64),
+            np.array(list(segments.values()), dtype=np.int64) // 8,
+            np.array(status, dtype=np.int64),
+            np.array(values, dtype=np.int64),
+            np.array(times, dtype=np.int64),
+        )
+
+    def _read_slowly(self, records: Sequence[bytes | None], older: Callable[[int], ViewLayout | None]) -> Vectors:
+        num_rows = len(records)
+        status = np.empty((num_rows, self.num_fields), dtype=np.uint8)
+        slots = np.empty((num_rows, self.num_fields), dtype=np.int64)
+        event_us = np.empty((num_rows, len(self._wanted)), dtype=np.int64)
+        first = 0
+        for v, (layout, fields) in enumerate(self._wanted):
+            rows = read_rows(records, layout, fields, older)
+            status[:, first : first + len(fields)] = rows.status
+            for f, name in enumerate(fields):
+                column = rows.columns[name]
+                slots[:, first + f] = column.view(np.int64) if column.dtype.kind == "f" else column
+            event_us[:, v] = rows.event_us
+            first += len(fields)
+        return Vectors(status, slots, event_us)
 
 
 def view_hash(view: str) -> int:
@@ -207,11 +335,11 @@ def read_rows(
         parts.append(absent if segment is None else segment[_HEADER.size : _HEADER.size + fixed_bytes])
         current.append(segment)
     matrix = np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(num_rows, fixed_bytes)
-    order = {name: i for i, (name, _) in enumerate(layout.fields)}
+    order = layout.order
     status = matrix[:, [order[name] for name in fields]] if fields else np.empty((num_rows, 0), dtype=np.uint8)
     numbers = np.ascontiguousarray(matrix[:, layout.status_bytes :])
     as_float, as_int = numbers.view("<f8"), numbers.view("<i8")
-    place_of = {name: i for i, name in enumerate(layout.fixed)}
+    place_of = layout.place_of
     columns: dict[str, NDArray[Any]] = {}
     others = [name for name in fields if kinds[name] not in _FIXED]
     texts = _variable(layout, current, fixed_bytes, others) if others else {}
@@ -219,7 +347,7 @@ def read_rows(
         kind = kinds[name]
         if kind in _FIXED:
             source = as_float if kind == "float" else as_int
-            column = source[:, place_of[name]]
+            column = np.ascontiguousarray(source[:, place_of[name]])
             columns[name] = column.astype(bool) if kind == "bool" else column
         else:
             columns[name] = texts[name]
@@ -230,7 +358,7 @@ def _variable(
     layout: ViewLayout, segments: Sequence[bytes | None], fixed_bytes: int, names: Sequence[str]
 ) -> dict[str, NDArray[Any]]:
     out = {name: np.full(len(segments), None, dtype=object) for name in names}
-    order = {name: i for i, (name, _) in enumerate(layout.fields)}
+    order = layout.order
     for row, segment in enumerate(segments):
         if segment is None:
             continue

@@ -140,6 +140,15 @@ def _add_features(commands: "argparse._SubParsersAction[_Parser]") -> None:
             command.add_argument("--rows", type=int, default=10_000, metavar="N",
                                  help="the newest N events (default: 10000)")  # fmt: skip
 
+    discover = actions.add_parser("discover", help="search for features that lift later periods; prints them as code")
+    discover.add_argument("application", choices=("fraud",), metavar="APP", help="fraud")
+    discover.add_argument("--data", required=True, metavar="NAME|FILE")
+    discover.add_argument("--schema", type=Path, metavar="FILE.toml")
+    discover.add_argument("--name", metavar="MODEL", help=argparse.SUPPRESS)
+    discover.add_argument("--rows", type=int, metavar="N", help="labelled rows looked at (default: 60000)")
+    discover.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
+    discover.add_argument("--out", type=Path, metavar="FILE.json", help="write the plan, for `backfill --plan`")
+
     materialize = actions.add_parser("materialize", help="load the states of a backfill into the online store again")
     materialize.add_argument("model", metavar="MODEL")
     materialize.add_argument("--plan", metavar="VERSION", help="default: the newest")

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,6 +239,45 @@ def run_verify(options: RunOptions, call: argparse.Namespace, reporter: Reporter
                 stage.update(i / len(events), f"{num_cells:,} cells")
         stream.close()
     say(f"{len(events):,} events, {num_cells:,} cells: stream and batch agree, the largest difference is {worst:g}")
+    return 0
+
+
+def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
+    """Search for features on all but the test period of a labelled table."""
+    from assay_features.discovery import DiscoverySettings, discover
+
+    from assay_pipelines.datasets.table import load_table
+
+    schema = options.schema
+    assert isinstance(schema, FraudSchema)
+    with reporter.stage("load", "Read and check the table"):
+        events = load_table(options.table, schema).events
+        # The test period is never looked at, here as little as in a run.
+        events = events.take(slice(0, int(len(events) * (schema.split.train + schema.split.validation))))
+    settings = DiscoverySettings(seed=call.seed)
+    if call.rows is not None:
+        settings = replace(settings, max_rows=call.rows)
+    with reporter.stage("discover", "Search for features") as stage:
+        found = discover(
+            events,
+            entities=schema.entities,
+            numeric=schema.numeric,
+            categorical=schema.categorical,
+            amount=schema.amount,
+            settings=settings,
+            on_progress=stage.update,
+        )
+    say(f"{len(found.trials)} candidates, {sum(t.q <= settings.fdr for t in found.trials)} passed the screen")
+    for confirmation in found.confirmations:
+        lifts = ", ".join(f"{lift:+.4f}" for lift in confirmation.lifts)
+        say(f"the best {confirmation.size}: average precision {lifts} on later periods (p {confirmation.p:.2f})")
+    if not found.kept:
+        say("nothing lifts every later period for sure, so nothing is kept")
+        return 0
+    say(found.as_code())
+    if call.out:
+        write_json(call.out, FeaturePlan(found.kept).to_dict())
+        say(f"written to {call.out}")
     return 0
 
 

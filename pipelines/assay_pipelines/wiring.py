@@ -315,8 +315,12 @@ def _features(call: argparse.Namespace, config: Config) -> int:
     options = make_options(
         config, call.application, call.data, schema_file=call.schema, name=call.name, reporter=reporter
     )
-    work = features.run_backfill if call.features_command == "backfill" else features.run_verify
-    return work(options, call, reporter)
+    works = {
+        "backfill": features.run_backfill,
+        "verify": features.run_verify,
+        "discover": features.run_discover,
+    }
+    return works[call.features_command](options, call, reporter)
 
 
 def _bench(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001

@@ -11,10 +11,12 @@ import pytest
 import yaml
 from assay_features.batch import features_at, final_states
 from assay_features.definitions import Decay, FeaturePlan, Sequence, SinceLatest, Window
+from assay_features.embeddings import EmbeddingTable
 from assay_features.events import Events
 from assay_features.feast.offline_store import CLASS_PATH
 from assay_features.feast.repository import FeatureRepository, value_frames
-from assay_platform.errors import DataError
+from assay_features.row_features import model_columns
+from assay_platform.errors import ArtifactError, DataError
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Float64
 
@@ -160,3 +162,21 @@ def test_an_added_event_shows_in_the_next_read_and_survives_a_restart(tmp_path: 
     for name, expected in whole.values.items():
         np.testing.assert_allclose(streamed.values[name], expected, rtol=1e-9, err_msg=name)
     assert streamed.sequences == whole.sequences
+
+
+def test_embeddings_are_published_with_the_plan_and_found_by_their_digest(tmp_path: Path, events: Events) -> None:
+    table = EmbeddingTable("store", ("s1", "s2"), np.arange(6, dtype=np.float32).reshape(3, 2))
+    plan = FeaturePlan((*PLAN.definitions, table.definition))
+    repository = FeatureRepository(tmp_path / "shop")
+    states = {entity: final_states(plan, entity, events) for entity in plan.entities}
+    repository.publish(plan, {}, states, schema={"kind": "x"}, tables={table.digest: table})
+    reopened = FeatureRepository(tmp_path / "shop")
+    [(version, (found, schema))] = reopened.plans().items()
+    assert (version, found, schema) == (plan.version, plan, {"kind": "x"})
+    tables = reopened.embedding_tables(found)
+    columns = model_columns(found, events, features_at(PLAN, events, events), tables)
+    expected = np.where(events.keys["store"] == "s2", 3.0, np.where(events.keys["store"] == "s1", 1.0, 5.0))
+    np.testing.assert_array_equal(columns["store__embedding__1"], expected)
+    (tmp_path / "shop" / "embeddings" / f"{table.digest}.parquet").unlink()
+    with pytest.raises(ArtifactError):
+        reopened.embedding_tables(found)

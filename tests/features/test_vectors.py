@@ -10,6 +10,7 @@ from assay_features.vectors import (
     NULL,
     PRESENT,
     RecordKeys,
+    VectorReader,
     ViewLayout,
     read_rows,
     record_prefix,
@@ -112,3 +113,38 @@ def test_keys_are_those_of_feast(names: list[str], data: st.DataObject) -> None:
     entity_key = EntityKey(join_keys=names, entity_values=[Value(string_val=part) for part in parts])
     expected = record_prefix("p", "f") + bytes(serialize_entity_key(entity_key, 3))
     assert RecordKeys("p", "f", names).of_parts(parts) == expected
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from(["both", "swapped", "one", "old", "none"]), max_size=12), st.randoms(use_true_random=False)
+)
+def test_vectors_of_many_views_equal_each_view_alone(kinds: list[str], random: object) -> None:
+    """Records laid out alike take the fast way; others, of any mixture, come out the same."""
+    a = ViewLayout("a", (("x", "float"), ("n", "int"), ("b", "bool")))
+    b = ViewLayout("b", (("y", "float"),))
+    older = ViewLayout("b", (("gone", "int"), ("y", "float")))
+    records: list[bytes | None] = []
+    for i, kind in enumerate(kinds):
+        row = a.pack({"x": i + 0.5, "n": None if i % 3 == 0 else i, "b": i % 2 == 0}, i)
+        other = (older if kind == "old" else b).pack({"y": -float(i)}, 100 + i)
+        records.append(
+            {"both": row + other, "swapped": other + row, "one": row, "old": row + other, "none": None}[kind]
+        )
+    reader = VectorReader([(b, ["y"]), (a, ["b", "n", "x"])])
+    vectors = reader.read(records, lambda layout_id: older if layout_id == older.id else None)
+    rows_a = read_rows(records, a, ["b", "n", "x"])
+    rows_b = read_rows(records, b, ["y"], lambda _: older)
+    np.testing.assert_array_equal(vectors.status, np.concatenate([rows_b.status, rows_a.status], axis=1))
+    np.testing.assert_array_equal(vectors.event_us, np.stack([rows_b.event_us, rows_a.event_us], axis=1))
+    for field, (kind, expected) in enumerate(
+        [
+            ("float", rows_b.columns["y"]),
+            ("bool", rows_a.columns["b"]),
+            ("int", rows_a.columns["n"]),
+            ("float", rows_a.columns["x"]),
+        ]
+    ):
+        np.testing.assert_array_equal(vectors.column(field, kind), expected)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no number 'z'"):
+        VectorReader([(a, ["z"])])

@@ -107,3 +107,14 @@ def test_wrong_calls_say_what_is_known(
     code, _, err = run(capsys, "verify", "fraud", "--data", str(broken), "--schema", schema)
     assert code == 2
     assert "column 'datetime', row 3001: 'yesterday'" in err
+
+
+def test_discovery_prints_what_it_tried_and_what_it_kept(
+    home: Path, fraud_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fraud in this table depends on raw columns alone, so there is nothing to find."""
+    table, schema = map(str, fraud_files)
+    code, out, err = run(capsys, "discover", "fraud", "--data", table, "--schema", schema)
+    assert code == 0, err
+    assert "candidates" in out
+    assert "so nothing is kept" in out

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 from assay_platform.storage.disk import DiskTier
@@ -54,6 +54,8 @@ from assay_features.vectors import (
     PRESENT,
     Kind,
     RecordKeys,
+    VectorReader,
+    Vectors,
     ViewLayout,
     ViewRows,
     read_rows,
@@ -67,6 +69,7 @@ CLASS_PATH = "assay_features.feast.online_store.TieredOnlineStore"
 # Views with this tag share records with each other and not with plain ones.
 FAMILY_TAG = "assay_family"
 _WRITE_BATCH = 5000
+_MAX_VIEWS = 10_000
 _KINDS: dict[ValueType, tuple[Kind, str]] = {
     ValueType.DOUBLE: ("float", "double_val"),
     ValueType.FLOAT: ("float", "float_val"),
@@ -138,6 +141,8 @@ class TieredOnlineStore(OnlineStore):
     def __init__(self) -> None:
         self._store: TieredStore | None = None
         self._layouts: dict[int, ViewLayout] = {}
+        self._of_view: dict[int, tuple[ref[FeatureView], ViewLayout]] = {}
+        self._readers: dict[tuple[tuple[int, tuple[str, ...]], ...], VectorReader] = {}
         self._writing = Lock()
 
     def tiers(self, config: RepoConfig) -> TieredStore:
@@ -283,7 +288,7 @@ class TieredOnlineStore(OnlineStore):
         full_feature_names: bool,
     ) -> "ColumnarResponse":  # fmt: skip
         asked: list[bytes] = []
-        spans = {}
+        spans: dict[tuple[str, tuple[str, ...]], slice] = {}
         for view, _ in grouped:
             kind = (_family(view), tuple(sorted(view.join_keys)))
             if kind not in spans:
@@ -291,15 +296,35 @@ class TieredOnlineStore(OnlineStore):
                 spans[kind] = slice(len(asked), len(asked) + len(own))
                 asked += own
         found = self.tiers(config).get_many(asked)
-        records = {kind: found[span] for kind, span in spans.items()}
         response = ColumnarResponse(keys)
-        for view, names in grouped:
-            rows_of = records[_family(view), tuple(sorted(view.join_keys))]
-            layout = _layout(view)
-            rows = read_rows(rows_of, layout, names, self._known(config))
-            prefix = f"{_view_name(view)}__" if full_feature_names else ""
-            response.add(view, names, prefix, rows)
+        for kind, span in spans.items():
+            views = [(v, names) for v, names in grouped if (_family(v), tuple(sorted(v.join_keys))) == kind]
+            numbers = [(v, names) for v, names in views if not self._layout(v).variable]
+            if numbers:
+                reader = self._reader(numbers)
+                response.add_vectors(numbers, reader.read(found[span], self._known(config)), full_feature_names)
+            for view, names in views:
+                if self._layout(view).variable:
+                    rows = read_rows(found[span], self._layout(view), names, self._known(config))
+                    response.add(view, names, full_feature_names, rows)
         return response
+
+    def _layout(self, view: FeatureView) -> ViewLayout:
+        """The view's layout, worked out once an object: Feast hands out the same one until its registry changes."""
+        known = self._of_view.get(id(view))
+        if known is None or known[0]() is not view:
+            if len(self._of_view) > _MAX_VIEWS:
+                self._of_view.clear()
+            known = self._of_view[id(view)] = (ref(view), _layout(view))
+        return known[1]
+
+    def _reader(self, wanted: Sequence[tuple[FeatureView, list[str]]]) -> VectorReader:
+        what = tuple((self._layout(view).id, tuple(names)) for view, names in wanted)
+        if what not in self._readers:
+            if len(self._readers) > _MAX_VIEWS:
+                self._readers.clear()
+            self._readers[what] = VectorReader([(self._layout(view), names) for view, names in wanted])
+        return self._readers[what]
 
     def _read_features_per_fv(
         self, config: RepoConfig, grouped_refs: list[Any], join_key_values: dict[str, Any],
@@ -386,23 +411,44 @@ class ColumnarResponse(OnlineResponse):
         self._feature_types: dict[str, ValueType] = {}
         self._proto: GetOnlineFeaturesResponse | None = None
         self._values: dict[str, tuple[NDArray[Any], str]] = {}
+        self._held: dict[str, NDArray[np.bool_] | None] = {}  # None: all are
         self.status: dict[str, NDArray[np.uint8]] = {}
         self.event_us: dict[str, NDArray[np.int64]] = {}
 
-    def add(self, view: FeatureView, names: list[str], prefix: str, rows: ViewRows) -> None:
+    def add(self, view: FeatureView, names: list[str], full_feature_names: bool, rows: ViewRows) -> None:
         """Take in the fields of one view."""
+        self._add(view, names, full_feature_names, [rows.columns[n] for n in names], rows.status, rows.event_us)
+
+    def add_vectors(
+        self, views: Sequence[tuple[FeatureView, list[str]]], vectors: Vectors, full_feature_names: bool
+    ) -> None:
+        """Take in the numbers of several views, in their order."""
+        first = 0
+        for v, (view, names) in enumerate(views):
+            kinds = {field.name: _KINDS[field.dtype.to_value_type()][0] for field in view.features}
+            columns = [vectors.column(first + f, kinds[name]) for f, name in enumerate(names)]
+            status = vectors.status[:, first : first + len(names)]
+            self._add(view, names, full_feature_names, columns, status, vectors.event_us[:, v])
+            first += len(names)
+
+    def _add(
+        self, view: FeatureView, names: list[str], full_feature_names: bool, columns: Sequence[NDArray[Any]],
+        status: NDArray[np.uint8], event_us: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        prefix = f"{_view_name(view)}__" if full_feature_names else ""
         types = {field.name: field.dtype.to_value_type() for field in view.features}
-        is_old = None
         if view.ttl:
-            is_old = rows.event_us < int((time.time() - view.ttl.total_seconds()) * 1e6)
+            is_old = event_us < int((time.time() - view.ttl.total_seconds()) * 1e6)
+            status = np.where(is_old[:, None] & (status == PRESENT), EXPIRED, status)
+        is_held = (status == PRESENT) | (status == EXPIRED)
+        all_held = is_held.all(axis=0)
         for f, name in enumerate(names):
-            self._feature_types[prefix + name] = types[name]
-            self._values[prefix + name] = (rows.columns[name], _value_attribute(types[name]))
-            status = rows.status[:, f]
-            self.status[prefix + name] = (
-                status if is_old is None else np.where(is_old & (status == PRESENT), EXPIRED, status)
-            )
-            self.event_us[prefix + name] = rows.event_us
+            shown = prefix + name
+            self._feature_types[shown] = types[name]
+            self._values[shown] = (columns[f], _value_attribute(types[name]))
+            self._held[shown] = None if all_held[f] else is_held[:, f]
+            self.status[shown] = status[:, f]
+            self.event_us[shown] = event_us
 
     def column(self, name: str) -> NDArray[Any]:
         """Numbers of one feature as they are stored, 0 where the status is not PRESENT."""
@@ -447,18 +493,18 @@ class ColumnarResponse(OnlineResponse):
         if include_event_timestamps:
             out.update({f"{name}__ts": [0] * len(values) for name, values in self._keys.items()})
         for name, (column, attribute) in self._values.items():
-            present = np.isin(self.status[name], _HELD)
+            held = self._held[name]
             if attribute not in _FAST:
                 values = [
                     feast_value_type_to_python_type(_proto(value, attribute), self._feature_types[name])
-                    if there
+                    if held is None or held[i]
                     else None
-                    for value, there in zip(column, present, strict=True)
+                    for i, value in enumerate(column)
                 ]
-            elif present.all():
-                values = column.tolist()
             else:
-                values = [value if there else None for value, there in zip(column.tolist(), present, strict=True)]
+                values = column.tolist()
+                if held is not None:
+                    values = [value if there else None for value, there in zip(values, held, strict=True)]
             out[name] = values
             if include_event_timestamps:
                 seen = self.event_us[name]

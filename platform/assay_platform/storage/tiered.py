@@ -261,7 +261,9 @@ class TieredStore:
             now_s = self._clock()
             for key in items:
                 self._worth.touch(key, now_s)
-                self._promoted.pop(key, None)
+            if self._promoted:
+                for key in items:
+                    self._promoted.pop(key, None)
             if durable or isinstance(self._hot, ValkeyTier):
                 if isinstance(self._hot, ValkeyTier):
                     # First, so that a server that fails later on cannot answer with what was before.
@@ -272,10 +274,8 @@ class TieredStore:
                 self._admit(items)
                 self._demote()
                 return
-            self._hot.put_many(items)
-            for key in items:
-                self._worth.offer(key)
-                self._dirty[key] = None
+            self._take_hot(self._hot, items)
+            self._dirty.update(dict.fromkeys(items))
             if len(self._dirty) >= _MAX_DIRTY:
                 self.flush()
             self._shrink_hot()
@@ -342,10 +342,14 @@ class TieredStore:
                 self._hot.put_many(items)
             return
         self.statistics.promotions += len(items)
-        self._hot.put_many(items)
-        for key in items:
-            self._worth.offer(key)
+        self._take_hot(self._hot, items)
         self._shrink_hot()
+
+    def _take_hot(self, hot: MemoryTier, items: Mapping[bytes, bytes]) -> None:
+        for key in items:
+            if hot.get(key) is None:  # else it is on offer already
+                self._worth.offer(key)
+        hot.put_many(items)
 
     def _shrink_hot(self) -> None:
         hot = self._hot
