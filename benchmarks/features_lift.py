@@ -114,8 +114,8 @@ def main() -> None:
         for peer in ("raw", "raw + hour", "raw + naive windows"):
             rows.append(  # noqa: PERF401 - reads better as a loop
                 row(f"planted table {table}, average precision", precision["discovered"], "", peer=precision[peer],
-                    peer_name=f"LightGBM {peer}", higher_is_better=True, runs=len(SEEDS), interval=[float(low), float(high)],
-                    kept=len(found.kept))
+                    peer_name=f"LightGBM {peer}", higher_is_better=True, runs=len(SEEDS),
+                    interval=[float(low), float(high)], kept=len(found.kept))
             )  # fmt: skip
         print(f"table {table}: difference to raw, 95 % of resamples: {low:.3f} to {high:.3f}")
     finish("features_lift", rows)

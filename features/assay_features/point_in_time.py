@@ -1,8 +1,9 @@
 """The point-in-time join: for each asked (key, time), the newest row of that key that is not later.
 
-Keys become integers by Arrow's hash tables, rows are put into buckets by a counting sort, and each asked row is a
-binary search in its bucket: O(n log n) with small constants, one pass over memory, on all cores. No key is ever merged
-with all of its rows, which is what makes the usual data-frame join slow and large. No Feast is needed here.
+Keys become integers by Arrow's hash tables, rows are put into buckets by a counting sort, each bucket is sorted by
+time, and each asked row is a binary search in its bucket: O(n log n) with small constants, one pass over memory, on
+all cores. No key is ever merged with all of its rows, which is what makes the usual data-frame join slow and large. No
+Feast is needed here.
 """
 
 # N rows of the source, M asked rows, V keys
@@ -25,6 +26,7 @@ _MICROSECONDS = pa.timestamp("us", tz="UTC")
 # What stands for a missing time: earlier than any.
 MISSING_US = np.iinfo(np.int64).min
 _ROWS_A_THREAD = 50_000
+_LARGE_BUCKET = 64
 
 
 def _compiled(function: _Function) -> _Function:
@@ -88,8 +90,8 @@ def _found(column: pa.ChunkedArray, values: pa.Array, what: str) -> Ints:
 
 
 @_compiled
-def _bucketed(codes: Ints, order: Ints, num_keys: int) -> tuple[Ints, Ints]:
-    """Counting sort: rows in the given order, bucket by bucket; and where each bucket begins."""
+def _bucketed(codes: Ints, num_keys: int) -> tuple[Ints, Ints]:
+    """Counting sort: rows in the order of the file, bucket by bucket; and where each bucket begins."""
     bounds = np.zeros(num_keys + 1, dtype=np.int64)
     for code in codes:
         if code >= 0:
@@ -98,12 +100,35 @@ def _bucketed(codes: Ints, order: Ints, num_keys: int) -> tuple[Ints, Ints]:
         bounds[key + 1] += bounds[key]
     place = bounds[:-1].copy()
     rows = np.empty(bounds[num_keys], dtype=np.int64)
-    for row in order:
+    for row in range(len(codes)):
         code = codes[row]
         if code >= 0:
             rows[place[code]] = row
             place[code] += 1
     return rows, bounds
+
+
+@_compiled
+def _sort_buckets(first: int, end: int, rows: Ints, bounds: Ints, times: Ints, created: Ints) -> None:
+    """Order the rows of buckets `first` to `end` by (time, created, row). created may be empty."""
+    for key in range(first, end):
+        low, high = bounds[key], bounds[key + 1]
+        if high - low > _LARGE_BUCKET:
+            own = rows[low:high].copy()
+            if len(created):
+                own = own[np.argsort(created[own], kind="mergesort")]
+            rows[low:high] = own[np.argsort(times[own], kind="mergesort")]
+            continue
+        for i in range(low + 1, high):  # most buckets are short, and often in order already
+            row = rows[i]
+            j = i - 1
+            while j >= low and (
+                times[rows[j]] > times[row]
+                or (len(created) > 0 and times[rows[j]] == times[row] and created[rows[j]] > created[row])
+            ):
+                rows[j + 1] = rows[j]
+                j -= 1
+            rows[j + 1] = row
 
 
 @_compiled
@@ -156,25 +181,23 @@ def latest_rows(
     Of rows with one key and time the one created last holds, of those the last in the file. ttl_us: a row of just
     that age still counts. only_created: rows created after the asked time do not count, nor those without one.
     """
-    if created_us is not None:
-        order = np.lexsort((created_us, source_us))
-    elif np.all(source_us[1:] >= source_us[:-1]):
-        order = np.arange(len(source_us))
-    else:
-        order = np.argsort(source_us, kind="stable")
-    rows, bounds = _bucketed(have, order, num_keys)
+    rows, bounds = _bucketed(have, num_keys)
+    by_created = np.empty(0, dtype=np.int64) if created_us is None else created_us
+    _in_parallel(bounds, lambda a, b: _sort_buckets(a, b, rows, bounds, source_us, by_created))
     times = source_us[rows]
     created = created_us[rows] if only_created and created_us is not None else np.empty(0, dtype=np.int64)
     out = np.empty(len(want), dtype=np.int64)
     limit = -1 if ttl_us is None else ttl_us
-    in_parallel(len(want), lambda a, b: _search(a, b, rows, times, created, bounds, want, asked_us, limit, out))
+    each = np.arange(len(want) + 1)
+    _in_parallel(each, lambda a, b: _search(a, b, rows, times, created, bounds, want, asked_us, limit, out))
     return out
 
 
-def in_parallel(num_rows: int, work: Callable[[int, int], None]) -> None:
-    """Call work(first, end) over parts of the rows, on as many threads as there are cores."""
-    num_parts = max(1, min(os.cpu_count() or 1, num_rows // _ROWS_A_THREAD))
-    edges = [num_rows * part // num_parts for part in range(num_parts + 1)]
+def _in_parallel(load: Ints, work: Callable[[int, int], None]) -> None:
+    """Call work(first, end) over parts of about equal load, on as many threads as there are cores. load ascends."""
+    num_parts = max(1, min(os.cpu_count() or 1, int(load[-1]) // _ROWS_A_THREAD))
+    cuts = np.searchsorted(load, load[-1] * np.arange(1, num_parts) // num_parts).tolist()
+    edges = [0, *cuts, len(load) - 1]
     with ThreadPoolExecutor(num_parts) as pool:
         list(pool.map(lambda i: work(edges[i], edges[i + 1]), range(num_parts)))
 

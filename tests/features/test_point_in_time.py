@@ -1,0 +1,84 @@
+"""The join against an obvious loop: ties, nulls, duplicates, TTL, created times, keys of one or two columns."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from assay_features.point_in_time import MISSING_US, gathered, key_codes, latest_rows, microseconds
+from assay_platform.errors import DataError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+source_rows = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", None]),
+        st.sampled_from([1, 2, None]),
+        st.integers(0, 12),
+        st.none() | st.integers(0, 12),
+    ),
+    max_size=200,
+)
+asked_rows = st.lists(
+    st.tuples(st.sampled_from(["a", "b", "new", None]), st.sampled_from([1, 2, 9, None]), st.integers(-2, 15)),
+    max_size=30,
+)
+
+
+def table(rows: list[tuple[object, ...]]) -> pa.Table:
+    return pa.table({"k": pa.array([r[0] for r in rows], pa.string()), "n": pa.array([r[1] for r in rows], pa.int64())})
+
+
+@pytest.mark.parametrize("keys", [["k"], ["k", "n"], []])
+@settings(max_examples=80, deadline=None)
+@given(
+    source=source_rows,
+    asked=asked_rows,
+    ttl=st.none() | st.integers(0, 6),
+    use_created=st.booleans(),
+    only=st.booleans(),
+)
+def test_the_latest_row_is_found(
+    keys: list[str],
+    source: list[tuple[str | None, int | None, int, int | None]],
+    asked: list[tuple[str | None, int | None, int]],
+    ttl: int | None,
+    use_created: bool,
+    only: bool,
+) -> None:
+    have, want, num_keys = key_codes(table(source), keys, table(asked), keys)
+    created = np.array([MISSING_US if r[3] is None else r[3] for r in source], dtype=np.int64)
+    got = latest_rows(
+        have, np.array([r[2] for r in source], dtype=np.int64), want, np.array([r[2] for r in asked], dtype=np.int64),
+        num_keys=num_keys, created_us=created if use_created else None, ttl_us=ttl, only_created=only,
+    )  # fmt: skip
+    places = [{"k": 0, "n": 1}[key] for key in keys]
+    for i, row in enumerate(asked):
+        fits = []
+        for j, other in enumerate(source):
+            own, asked_key = [other[p] for p in places], [row[p] for p in places]
+            if None in own or own != asked_key or other[2] > row[2]:
+                continue
+            if only and use_created and (other[3] is None or other[3] > row[2]):
+                continue
+            fits.append((other[2], created[j] if use_created else 0, j))
+        best = max(fits, default=None)
+        expected = -1 if best is None or (ttl is not None and row[2] - best[0] > ttl) else best[2]
+        assert got[i] == expected
+
+
+def test_times_of_every_kind_are_microseconds_and_missing_ones_are_marked() -> None:
+    naive = pa.chunked_array([pa.array([0, None, 1_500], pa.timestamp("ms"))])
+    zoned = pa.chunked_array([pa.array([0, None, 1_500_000_999], pa.timestamp("ns", tz="Europe/Oslo"))])
+    for column in (naive, zoned):
+        assert microseconds(column).tolist() == [0, MISSING_US, 1_500_000]
+
+
+def test_rows_that_were_not_found_are_null_of_every_type() -> None:
+    source = pa.table({"s": ["x", "y"], "l": [[1], [2, 3]], "f": [1.5, None]})
+    columns = gathered(source, ["s", "l", "f"], np.array([1, -1, 0]))
+    assert [c.to_pylist() for c in columns] == [["y", None, "x"], [[2, 3], None, [1]], [None, None, 1.5]]
+
+
+def test_keys_of_another_type_are_named() -> None:
+    asked = pa.table({"k": pa.array(["one"], pa.string())})
+    with pytest.raises(DataError, match="entity_df column 'k' has type string, the feature view's key has int64"):
+        key_codes(pa.table({"k": [1]}), ["k"], asked, ["k"])
