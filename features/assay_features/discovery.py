@@ -149,7 +149,9 @@ def discover(
     }
     screen = _Screen(sample, margin, partners)
     scored = {d.name: screen.score(columns[d.name]) for d in definitions}
-    q = _benjamini_hochberg(screen.p_values(list(columns.values()), [scored[n][0] for n in columns], chosen, rng))
+    # Hours and weekdays hardly change within a stretch, so shuffled there they are not shadows of themselves.
+    shadowed = [columns[d.name] for d in definitions if not isinstance(d, Calendar)]
+    q = _benjamini_hochberg(screen.p_values(shadowed, [scored[n][0] for n in columns], chosen, rng))
     q_of = dict(zip(columns, q, strict=True))
     order = sorted((d for d in definitions if q_of[d.name] <= chosen.fdr), key=lambda d: -scored[d.name][0])
     survivors = _unlike(order, columns)[: chosen.max_survivors]
@@ -300,7 +302,7 @@ class _Screen:
     def p_values(
         self, columns: Sequence[Floats], scores: Sequence[float], settings: DiscoverySettings, rng: np.random.Generator
     ) -> Floats:
-        """The share of shadows that score as high."""
+        """For each score, the share of shadows of the columns that are as high."""
         shadows = []
         num_each = max(settings.num_shadows, -(-_MIN_SHADOWS // max(1, len(columns))))
         for column in columns:
