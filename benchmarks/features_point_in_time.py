@@ -108,12 +108,14 @@ def child(case: Case, folder: Path, store_name: str) -> None:
     asked = pd.read_parquet(folder / "asked.parquet")
     seconds = []
     for _ in range(case.runs + 1):  # the first one also loads code
+        result = None  # or the last one would count as memory of this one
         began = time.perf_counter()
         result = store.get_historical_features(entity_df=asked, features=refs).to_df()
         seconds.append(time.perf_counter() - began)
     # Not getrusage: its high-water mark survives exec, so a child would report its parent's.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak = int(status["VmHWM"].split()[0]) / 1e6
+    assert result is not None
     result.to_parquet(home / "result.parquet")
     print(json.dumps({"seconds": seconds[1:], "peak_gb": peak, "rows": len(result)}))
 

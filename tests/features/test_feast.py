@@ -13,6 +13,7 @@ from assay_features.batch import features_at, final_states
 from assay_features.definitions import Decay, FeaturePlan, Sequence, SinceLatest, Window
 from assay_features.embeddings import EmbeddingTable
 from assay_features.events import Events
+from assay_features.feast import offline_store
 from assay_features.feast.offline_store import CLASS_PATH
 from assay_features.feast.repository import FeatureRepository, value_frames
 from assay_features.row_features import model_columns
@@ -84,7 +85,9 @@ def test_among_equal_timestamps_the_last_created_wins(tmp_path: Path) -> None:
     assert retrieve(store_with_view(tmp_path, frame), ["a"], [2]) == [2.0]
 
 
-def test_random_joins_equal_an_obvious_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cells", [4, 10**6])
+def test_random_joins_equal_an_obvious_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(offline_store, "_CELLS_A_READ", cells)  # features read with the keys, and after them
     rng = np.random.default_rng(0)
     source = rows(*[(f"c{rng.integers(0, 5)}", float(rng.integers(0, 40)), float(i)) for i in range(200)])
     store = store_with_view(tmp_path, source, ttl=timedelta(hours=10))

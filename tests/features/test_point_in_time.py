@@ -1,9 +1,12 @@
 """The join against an obvious loop: ties, nulls, duplicates, TTL, created times, keys of one or two columns."""
 
+from datetime import datetime
+
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
-from assay_features.point_in_time import MISSING_US, gathered, key_codes, latest_rows, microseconds
+from assay_features.point_in_time import MISSING_US, frame_of, gathered, key_codes, latest_rows, microseconds
 from assay_platform.errors import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,10 +75,46 @@ def test_times_of_every_kind_are_microseconds_and_missing_ones_are_marked() -> N
         assert microseconds(column).tolist() == [0, MISSING_US, 1_500_000]
 
 
-def test_rows_that_were_not_found_are_null_of_every_type() -> None:
-    source = pa.table({"s": ["x", "y"], "l": [[1], [2, 3]], "f": [1.5, None]})
-    columns = gathered(source, ["s", "l", "f"], np.array([1, -1, 0]))
-    assert [c.to_pylist() for c in columns] == [["y", None, "x"], [[2, 3], None, [1]], [None, None, 1.5]]
+KINDS = {
+    "double": pa.float64(), "float": pa.float32(), "long": pa.int64(), "byte": pa.int8(), "time": pa.timestamp("us"),
+    "flag": pa.bool_(), "text": pa.string(), "list": pa.list_(pa.int64()), "never": pa.null(),
+}  # fmt: skip
+
+
+def value(kind: pa.DataType, number: int | None) -> object:
+    if number is None or pa.types.is_null(kind):
+        return None
+    if pa.types.is_list(kind):
+        return [number] * (number % 3)
+    return {"string": str(number), "bool": number % 2 == 0, "timestamp[us]": datetime(2024, 1, number)}.get(
+        str(kind), number
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    numbers=st.lists(st.none() | st.integers(1, 28), max_size=20),
+    cut=st.integers(0, 5),
+    data=st.data(),
+)
+def test_gathered_columns_equal_a_loop_in_arrow_and_in_pandas(
+    numbers: list[int | None], cut: int, data: st.DataObject
+) -> None:
+    whole = pa.table({n: pa.array([value(kind, x) for x in numbers], kind) for n, kind in KINDS.items()})
+    # An offset into the buffers, and two chunks.
+    table = pa.concat_tables([whole.slice(cut), whole])
+    rows = np.array(data.draw(st.lists(st.integers(-1, len(table) - 1), min_size=1, max_size=30)))
+    columns = gathered(table, list(KINDS), rows)
+    for name, column in zip(KINDS, columns, strict=True):
+        have = table[name].to_pylist()
+        assert column.to_pylist() == [None if row < 0 else have[row] for row in rows]
+        column.validate(full=True)
+    given_rows = pd.DataFrame({"who": [f"w{i}" for i in range(len(rows))]})
+    joined = pa.table([pa.array(given_rows["who"]), *columns], names=["who", *KINDS])
+    frame = frame_of(joined, given_rows, gathered=list(KINDS))
+    pd.testing.assert_frame_equal(frame, joined.to_pandas())
+    frame.loc[0, ["who", "double", "float"]] = "me", 5.0, 5.0  # its own, and writable
+    assert given_rows["who"][0] == "w0"
 
 
 def test_keys_of_another_type_are_named() -> None:

@@ -15,8 +15,12 @@ Without entity rows (`entity_df=None` and a range of dates) they are the distinc
 Not covered: SQL entity frames; sources other than Parquet files.
 """
 
+import functools
+import operator
+import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +46,7 @@ from feast.infra.offline_stores.offline_utils import (
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
-from feast.saved_dataset import SavedDatasetStorage
+from feast.saved_dataset import SavedDatasetStorage, ValidationReference
 from feast.utils import (
     _get_requested_feature_views_to_features_dict,
     _get_requested_on_demand_feature_views,
@@ -50,10 +54,12 @@ from feast.utils import (
 )
 from numpy.typing import NDArray
 
-from assay_features.point_in_time import MISSING_US, gathered, key_codes, latest_rows, microseconds
+from assay_features.point_in_time import MISSING_US, frame_of, gathered, key_codes, latest_rows, microseconds
 
 CLASS_PATH = "assay_features.feast.offline_store.ColumnarOfflineStore"
 TIMESTAMP = "event_timestamp"
+# Of features; what a thread holds of a source beside the result, 32 MB of 64-bit numbers.
+_CELLS_A_READ = 1_000_000
 
 
 class ColumnarOfflineStoreConfig(FeastConfigBaseModel):
@@ -73,12 +79,16 @@ class ColumnarRetrievalJob(RetrievalJob):
         *,
         repo_path: Path | None,
         full_feature_names: bool,
+        entity_rows: pd.DataFrame | None = None,
+        features: Sequence[str] = (),
         on_demand_feature_views: list[OnDemandFeatureView] | None = None,
         metadata: RetrievalMetadata | None = None,
     ) -> None:
         self._compute = compute
         self._repo_path = repo_path
         self._full_feature_names = full_feature_names
+        self._entity_rows = pd.DataFrame() if entity_rows is None else entity_rows
+        self._features = features
         self._on_demand_feature_views = on_demand_feature_views or []
         self._metadata = metadata
 
@@ -97,10 +107,15 @@ class ColumnarRetrievalJob(RetrievalJob):
         """What was asked for."""
         return self._metadata
 
+    def to_df(
+        self, validation_reference: ValidationReference | None = None, timeout: int | None = None
+    ) -> pd.DataFrame:
+        """The result as a data frame. Feast's own way copies it twice: out of Arrow, and for a new index."""
+        table = self.to_arrow(validation_reference=validation_reference, timeout=timeout)
+        return frame_of(table, self._entity_rows, gathered=() if self._on_demand_feature_views else self._features)
+
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
-        # One block a column: no copy into blocks of many columns, so memory peaks at one result.
-        frame: pd.DataFrame = self._to_arrow_internal(timeout).to_pandas(split_blocks=True, self_destruct=True)
-        return frame
+        return frame_of(self._to_arrow_internal(timeout), self._entity_rows, gathered=self._features)
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
         return self._compute()
@@ -166,23 +181,32 @@ class ColumnarOfflineStore(OfflineStore):
             _get_requested_on_demand_feature_views(feature_refs, project, registry),
         )
         rows = entity_df
+        names = [
+            f"{_view_name(view)}__{name}" if full_feature_names else name
+            for view, features in requested.items()
+            for name in features
+        ]
 
         def compute() -> pa.Table:
             table = pa.Table.from_pandas(rows, preserve_index=False)
             asked_us = microseconds(table[timestamp])
-            names, columns = list(table.column_names), list(table.columns)
-            for view, features in requested.items():
-                joined = _join(config, view, features, table, asked_us, only_created=filter_by_created_timestamp)
-                prefix = f"{_view_name(view)}__" if full_feature_names else ""
-                names += [prefix + name for name in features]
-                columns += joined
-            return pa.table(columns, names=names)
+            encoded = _encoded_keys(table, requested)
+
+            def join(view: FeatureView) -> list[pa.ChunkedArray]:
+                features = requested[view]
+                return _join(config, view, features, encoded, asked_us, only_created=filter_by_created_timestamp)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                joined = [column for columns in pool.map(join, requested) for column in columns]
+            return pa.table([*table.columns, *joined], names=[*table.column_names, *names])
 
         times = entity_df[timestamp]
         return ColumnarRetrievalJob(
             compute,
             repo_path=config.repo_path,
             full_feature_names=full_feature_names,
+            entity_rows=rows,
+            features=names,
             on_demand_feature_views=OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
             metadata=RetrievalMetadata(
                 features=feature_refs,
@@ -317,9 +341,22 @@ def _read(
     dataset: pads.Dataset, columns: Sequence[str], timestamp: str, first_us: int | None, last_us: int | None
 ) -> pa.Table:
     """Columns of the rows with first ≤ timestamp ≤ last; row groups outside of it are not read."""
-    unknown = [name for name in columns if name not in dataset.schema.names]
+    _require_columns(dataset, columns)
+    condition = _between(dataset, timestamp, first_us, last_us)
+    try:
+        return dataset.to_table(columns=list(dict.fromkeys(columns)), filter=condition)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{dataset.files[0]}: cannot be read as Parquet: {error}") from error
+
+
+def _require_columns(dataset: pads.Dataset, columns: Sequence[str]) -> None:
+    names = dict.fromkeys(dataset.schema.names)
+    unknown = [name for name in columns if name not in names]
     if unknown:
-        raise DataError(f"{dataset.files[0]}: has no column {unknown[0]!r}; it has {', '.join(dataset.schema.names)}")
+        raise DataError(f"{dataset.files[0]}: has no column {unknown[0]!r}; it has {', '.join(names)}")
+
+
+def _between(dataset: pads.Dataset, timestamp: str, first_us: int | None, last_us: int | None) -> pc.Expression | None:
     kind = dataset.schema.field(timestamp).type
     conditions = []
     # Bounds are taken a unit wider: a coarser type cuts them, and what is too early or late is filtered again.
@@ -327,13 +364,27 @@ def _read(
         conditions.append(pc.field(timestamp) >= _moment(first_us - 1_000_000, kind))
     if last_us is not None:
         conditions.append(pc.field(timestamp) <= _moment(last_us + 1_000_000, kind))
-    condition = None
-    for part in conditions:
-        condition = part if condition is None else condition & part
-    try:
-        return dataset.to_table(columns=list(dict.fromkeys(columns)), filter=condition)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{dataset.files[0]}: cannot be read as Parquet: {error}") from error
+    return functools.reduce(operator.and_, conditions) if conditions else None
+
+
+def _pinned(
+    dataset: pads.FileSystemDataset, condition: pc.Expression | None, dictionaries: Sequence[str]
+) -> pads.FileSystemDataset:
+    """The same files, held open, so that several reads see one version of them even if a writer replaces a file.
+
+    Of them only the row groups that may fit the condition; columns of text in `dictionaries` are read encoded.
+    """
+    schema = dataset.schema
+    for name in dictionaries:
+        place = schema.get_field_index(name)
+        if pa.types.is_string(schema.field(place).type):
+            schema = schema.set(place, pa.field(name, pa.dictionary(pa.int32(), pa.string())))
+    reading = pads.ParquetFileFormat(dictionary_columns=list(dictionaries))
+    fragments = []
+    for path in dataset.files:
+        fragment = reading.make_fragment(dataset.filesystem.open_input_file(path))
+        fragments.append(fragment if condition is None else fragment.subset(condition, schema=schema))
+    return pads.FileSystemDataset(fragments, schema, reading)
 
 
 def _moment(time_us: int, kind: pa.DataType) -> pa.Scalar:
@@ -409,6 +460,17 @@ def _rows_between(config: RepoConfig, views: list[FeatureView], start: datetime,
     return rows
 
 
+def _encoded_keys(entity_rows: pa.Table, requested: Mapping[FeatureView, list[str]]) -> pa.Table:
+    """Key columns encoded once, however many views look them up."""
+    for view in requested:
+        for column in view.entity_columns:
+            name = view.projection.join_key_map.get(column.name, column.name)
+            place = entity_rows.schema.get_field_index(name)
+            if place >= 0 and not pa.types.is_dictionary(entity_rows.schema.field(place).type):
+                entity_rows = entity_rows.set_column(place, name, pc.dictionary_encode(entity_rows[name]))
+    return entity_rows
+
+
 def _join(
     config: RepoConfig,
     view: FeatureView,
@@ -435,8 +497,13 @@ def _join(
     ttl_us = int(view.ttl.total_seconds() * 1_000_000) if view.ttl else None
     last_us = int(valid_us.max()) if len(valid_us) else None
     first_us = int(valid_us.min()) - ttl_us if ttl_us is not None and len(valid_us) else None
-    columns = [*source_keys, *source_features, timestamp, *([created] if created else [])]
-    table = _read(_dataset(config, source), columns, timestamp, first_us, last_us)
+    dataset = _dataset(config, source)
+    others = [*source_keys, timestamp, *([created] if created else [])]
+    _require_columns(dataset, [*source_features, *others])
+    dataset = _pinned(dataset, _between(dataset, timestamp, first_us, last_us), source_keys)
+    num_rows = dataset.count_rows()
+    in_one_read = len(features) * num_rows <= _CELLS_A_READ
+    table = dataset.to_table(columns=list(dict.fromkeys([*others, *(source_features if in_one_read else ())])))
     have, want, num_keys = key_codes(table, source_keys, entity_rows, asked_keys)
     rows = latest_rows(
         have,
@@ -448,4 +515,14 @@ def _join(
         ttl_us=ttl_us,
         only_created=only_created,
     )
-    return gathered(table, source_features, rows)
+    if in_one_read:
+        return gathered(table, source_features, rows)
+    del table, have, want
+    width = max(1, min(-(-len(features) // (os.cpu_count() or 1)), _CELLS_A_READ // num_rows))
+    groups = [source_features[first : first + width] for first in range(0, len(features), width)]
+
+    def read(group: list[str]) -> list[pa.ChunkedArray]:
+        return gathered(dataset.to_table(columns=list(dict.fromkeys(group)), use_threads=False), group, rows)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [column for group in pool.map(read, groups) for column in group]
