@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from assay_features import kernels
 from assay_features.definitions import Entity, FeaturePlan, entity_columns
-from assay_features.events import KEY_SEPARATOR, Events, Keys
+from assay_features.events import KEY_SEPARATOR, Events, Keys, Reports
 from assay_features.state import Floats, Index, StateLayout, Times, entity_keys, last_times
 
 _MIN_ROWS_A_THREAD = 20_000
@@ -83,14 +83,23 @@ class _Grouped(NamedTuple):
     bounds: Index  # (V + 1,) where each entity begins
 
 
-def features_at(plan: FeaturePlan, events: Events, queries: Events) -> dict[str, Floats]:
+def features_at(
+    plan: FeaturePlan, events: Events, queries: Events, *, reports: Reports | None = None
+) -> dict[str, Floats]:
     """Every numeric feature of the plan's entities, one value a query.
 
     queries: times and entity keys; often the events themselves. A query without a key has missing features.
+    reports: given, definitions over its column are computed of the labels reported by then, all others of events.
 
     Raises:
         DataError: the events or queries lack a column that the plan needs.
     """
+    if reports is not None:
+        of_reports = [d for d in plan.definitions if reports.column in FeaturePlan((d,)).number_columns()]
+        of_events = FeaturePlan(tuple(d for d in plan.definitions if d not in of_reports))
+        found = features_at(of_events, events, queries)
+        found |= features_at(FeaturePlan(tuple(of_reports)), reports.of(events), queries)
+        return {name: found[name] for name in plan.numeric_names}
     out: dict[str, Floats] = {}
     for entity in plan.entities:
         layout = StateLayout(plan.of_entity(entity))

@@ -1,7 +1,8 @@
 """Search for features that lift a later period: candidates, a cheap screen, a hard confirmation, readable code.
 
-1. *Candidates* come from the declared columns alone, never from labels: windows, decays, distinct counts, filters,
-   ratios to an entity's own past, crosses; of the entities and of their pairs.
+1. *Candidates* come from the declared columns: windows, decays, distinct counts, filters, ratios to an entity's own
+   past, crosses; of the entities and of their pairs. Labels are none of them, unless the caller says how long after its
+   event a label is reported: then also what was reported of entities and of their combinations with categories.
 2. *Screen.* A base model on the raw columns predicts each later block of time. A candidate scores by how much of that
    model's error a small table explains: bins of the candidate × bins of one partner column, Newton steps learned on
    earlier blocks, gain measured on later ones. The partner lets an interaction through that shows nothing alone.
@@ -16,6 +17,7 @@ blocks: numbers taken from a sample that favours fraud, or from later rows, woul
 
 # N rows looked at, T stretches of time, K blocks, C candidates
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -46,7 +48,7 @@ from assay_features.definitions import (
     as_code,
     entity_columns,
 )
-from assay_features.events import Events
+from assay_features.events import Events, Reports
 from assay_features.row_features import model_columns
 
 Floats = NDArray[np.float64]
@@ -59,8 +61,11 @@ _STRETCHES = 20
 _MAX_STEP, _PRIOR_ROWS = 1.0, 30.0
 # With fewer, one discovery among few candidates could not reach a small rate.
 _MIN_SHADOWS = 600
+# Fraud comes back to an account, which often only several columns together single out.
+_MAX_REPORT_KEYS = 3
 _RESAMPLES, _PARTS = 200, 40
 _ALIKE = 0.95
+_ROWS_A_THREAD = 10_000
 _NIGHT = Where(column="calendar_hour", at_least=22.0, below=6.0)
 
 
@@ -121,10 +126,13 @@ def discover(
     numeric: Sequence[str],
     categorical: Sequence[str],
     amount: str | None = None,
+    reports: Reports | None = None,
     settings: DiscoverySettings | None = None,
     on_progress: Callable[[float, str], None] = lambda _done, _note: None,
 ) -> Discovery:
     """Search on labelled events sorted by time. Give it the training and validation period only.
+
+    reports: how labels become known in production; without it no candidate looks at past labels.
 
     Raises:
         DataError: there are no labels, or a block of time has only one class.
@@ -139,7 +147,9 @@ def discover(
     keys = list(dict.fromkeys((*entities, *(c for c in best if c in categorical))))[: chosen.num_columns]
     numbers = [c for c in best if c in numeric and c != amount][: chosen.num_columns]
     definitions = tuple(_candidates(events, entities, numbers, keys, amount))
-    columns = _computed(definitions, events, sample)
+    if reports is not None:
+        definitions += tuple(_candidates_of_reports(reports, entities, keys))
+    columns = _computed(definitions, events, sample, reports)
     on_progress(0.4, f"{len(definitions)} candidates computed")
 
     first = ([amount] if amount is not None else []) + best
@@ -259,15 +269,28 @@ def _candidates_of(
         yield from (Ratio(numerator=column, denominator=past.name) for past in (mean, latest))
 
 
+def _candidates_of_reports(reports: Reports, entities: Sequence[str], keys: Sequence[str]) -> Iterator[Definition]:
+    for order in range(1, _MAX_REPORT_KEYS + 1):
+        for columns in combinations(keys, order):
+            if not set(columns) & set(entities):
+                continue
+            entity: Entity = columns[0] if order == 1 else columns
+            for length_s in (30 * DAY_S, 180 * DAY_S):
+                yield Window(entity=entity, aggregate="mean", column=reports.column, length_s=length_s)
+            yield Decay(entity=entity, column=reports.column, half_life_s=30 * DAY_S)
+
+
 def _with_needs(definition: Definition, known: Mapping[str, Definition]) -> Iterator[Definition]:
     if isinstance(definition, Ratio):
         yield from (known[name] for name in (definition.numerator, definition.denominator) if name in known)
     yield definition
 
 
-def _computed(definitions: Sequence[Definition], events: Events, sample: _Sample) -> dict[str, Floats]:
+def _computed(
+    definitions: Sequence[Definition], events: Events, sample: _Sample, reports: Reports | None
+) -> dict[str, Floats]:
     plan = FeaturePlan(tuple(definitions))
-    history = features_at(plan, events, sample.rows)
+    history = features_at(plan, events, sample.rows, reports=reports)
     of_rows = FeaturePlan((*plan.calendar, *plan.ratios))
     columns: dict[str, Any] = model_columns(of_rows, sample.rows, history)
     for cross in plan.crosses:
@@ -462,6 +485,8 @@ class _Judge:
             "objective": "binary", "verbosity": -1, "learning_rate": 0.1, "num_leaves": 31, "min_data_in_leaf": 40,
             "feature_fraction": 0.5, "bagging_freq": 1, "bagging_fraction": 0.8, "lambda_l2": 5.0, "max_bin": 127,
             "seed": seed, "deterministic": True, "force_row_wise": True,
+            # Threads that share few rows mostly wait for each other, for minutes where cores are busy otherwise.
+            "num_threads": max(1, min(os.cpu_count() or 1, int(rows.sum()) // _ROWS_A_THREAD)),
         }  # fmt: skip
         data = lgb.Dataset(matrix[rows], self._sample.labels[rows], weight=self._sample.weights[rows])
         return lgb.train(params, data, num_boost_round=self._settings.num_trees)

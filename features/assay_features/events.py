@@ -54,6 +54,25 @@ class Events:
         )
 
 
+@dataclass(frozen=True)
+class Reports:
+    """How labels become known: `delay_s` after their event, as numbers (0, 1) in a column of this name."""
+
+    column: str
+    delay_s: float
+
+    def of(self, events: Events) -> Events:
+        """One event a label, when it is reported.
+
+        Raises:
+            DataError: the events have no labels.
+        """
+        if events.labels is None:
+            raise DataError(f"the events have no labels, so nothing is reported as {self.column!r}")
+        delay_us = round(self.delay_s * 1_000_000)
+        return Events(events.time_us + delay_us, events.keys, {self.column: events.labels.astype(np.float64)})
+
+
 def canonical_key(value: Any) -> str | None:
     """The string form of an id or a category; None where missing.
 

@@ -146,6 +146,9 @@ def _add_features(commands: "argparse._SubParsersAction[_Parser]") -> None:
     discover.add_argument("--schema", type=Path, metavar="FILE.toml")
     discover.add_argument("--name", metavar="MODEL", help=argparse.SUPPRESS)
     discover.add_argument("--rows", type=int, metavar="N", help="labelled rows looked at (default: 60000)")
+    discover.add_argument("--label-delay", type=float, metavar="DAYS",
+                          help="labels are reported so long after their event: also search what was reported by then "
+                               "(default: past labels are not looked at)")  # fmt: skip
     discover.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     discover.add_argument("--out", type=Path, metavar="FILE.json", help="write the plan, for `backfill --plan`")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PUSH_BATCH = 5000
 # Two ways to add up the same numbers; the engine's are the same code, so this is only for what a peer might do.
 _TOLERANCE = 1e-9
+_MAX_DELAY_DAYS = 365
 
 
 def default_plan_of(schema: Schema) -> FeaturePlan:
@@ -245,6 +246,7 @@ def run_verify(options: RunOptions, call: argparse.Namespace, reporter: Reporter
 def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
     """Search for features on all but the test period of a labelled table."""
     from assay_features.discovery import DiscoverySettings, discover
+    from assay_features.events import Reports
 
     from assay_pipelines.datasets.table import load_table
 
@@ -254,6 +256,11 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
         events = load_table(options.table, schema).events
         # The test period is never looked at, here as little as in a run.
         events = events.take(slice(0, int(len(events) * (schema.split.train + schema.split.validation))))
+    reports = None
+    if call.label_delay is not None:
+        if not 0 <= call.label_delay <= _MAX_DELAY_DAYS:
+            raise InputError(f"--label-delay {call.label_delay:g}: expected 0 to {_MAX_DELAY_DAYS} days")
+        reports = Reports(schema.label, call.label_delay * 86_400)
     settings = DiscoverySettings(seed=call.seed)
     if call.rows is not None:
         settings = replace(settings, max_rows=call.rows)
@@ -264,6 +271,7 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
             numeric=schema.numeric,
             categorical=schema.categorical,
             amount=schema.amount,
+            reports=reports,
             settings=settings,
             on_progress=stage.update,
         )

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from assay_features import definitions
 from assay_features.definitions import FeaturePlan, Window
-from assay_features.discovery import DiscoverySettings, discover
-from assay_features.events import Events
+from assay_features.discovery import Discovery, DiscoverySettings, discover
+from assay_features.events import Events, Reports
 from assay_platform.errors import DataError
 
 DAY_US = 86_400_000_000
@@ -44,30 +44,49 @@ def payments(num_rows: int, seed: int, *, planted: bool) -> Events:
     )
 
 
-def search(events: Events, **changes: int) -> object:
+def search(events: Events, *, reports: Reports | None = None, **changes: int) -> Discovery:
     settings = DiscoverySettings(**{"num_trees": 60, "num_shadows": 4, "num_seeds": 1, **changes})  # type: ignore[arg-type]
     return discover(
         events, entities=["card"], numeric=["amount", "noise"], categorical=["device", "shop"], amount="amount",
-        settings=settings,
+        reports=reports, settings=settings,
     )  # fmt: skip
 
 
 def test_a_planted_interaction_is_found_and_written_as_code() -> None:
     found = search(payments(12_000, 0, planted=True))
-    kept = [d for d in found.kept if isinstance(d, Window) and d.aggregate == "distinct" and d.column == "device"]  # type: ignore[attr-defined]
-    assert kept, found.confirmations  # type: ignore[attr-defined]
-    assert len(found.kept) <= 8  # type: ignore[attr-defined]
-    best = max(found.confirmations, key=lambda c: min(c.lifts))  # type: ignore[attr-defined]
+    kept = [d for d in found.kept if isinstance(d, Window) and d.aggregate == "distinct" and d.column == "device"]
+    assert kept, found.confirmations
+    assert len(found.kept) <= 8
+    best = max(found.confirmations, key=lambda c: min(c.lifts))
     assert min(best.lifts) > 0.05
-    plan = eval(found.as_code(), vars(definitions))  # type: ignore[attr-defined] # noqa: S307 - our own rendering
-    assert plan == FeaturePlan(found.kept)  # type: ignore[attr-defined]
+    plan = eval(found.as_code(), vars(definitions))  # noqa: S307 - our own rendering
+    assert plan == FeaturePlan(found.kept)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_noise_yields_nothing_also_where_only_a_part_of_it_is_looked_at(seed: int) -> None:
     """A sample that favours fraud must not tell which of many shops had it."""
-    found = search(payments(8_000, seed, planted=False), max_rows=3_000, seed=seed)
-    assert found.kept == ()  # type: ignore[attr-defined]
+    events = payments(8_000, seed, planted=False)
+    assert search(events, max_rows=3_000, seed=seed).kept == ()
+    assert search(events, max_rows=3_000, seed=seed, reports=Reports("fraud", 86_400)).kept == ()
+
+
+def test_what_was_reported_of_a_shop_is_found_once_labels_may_be_looked_at() -> None:
+    """Shops go bad for some days, and come right again: only reports tell which, and only after their delay."""
+    events = payments(12_000, 2, planted=False)
+    rng = np.random.default_rng(2)
+    shops, shop = np.unique(events.keys["shop"].astype(str), return_inverse=True)
+    shop %= 40
+    is_bad = rng.random((len(shops), 5)) < 0.15
+    chance = np.where(is_bad[shop, events.time_us // (5 * DAY_US)], 0.5, 0.01)
+    keys = dict(events.keys) | {"shop": np.array([f"s{k}" for k in shop], dtype=object)}
+    events = Events(events.time_us, keys, events.numbers, labels=rng.random(len(events)) < chance)
+    of_shop = {"entities": ["shop"], "numeric": ["amount", "noise"], "categorical": ["device", "card"]}
+    settings = DiscoverySettings(num_trees=60, num_shadows=4, num_seeds=1)
+    found = discover(events, **of_shop, reports=Reports("fraud", 86_400 / 2), settings=settings)  # type: ignore[arg-type]
+    assert any(getattr(d, "column", None) == "fraud" for d in found.kept), found.confirmations
+    without = discover(events, **of_shop, settings=settings)  # type: ignore[arg-type]
+    assert not any(getattr(d, "column", None) == "fraud" for d in without.kept)
 
 
 def test_what_cannot_be_searched_is_refused() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from assay_features.batch import EntityStates, features_at, final_states
 from assay_features.definitions import Decay, EntityFeature, FeaturePlan, Latest, Sequence, SinceLatest, Where, Window
-from assay_features.events import KEY_SEPARATOR, Events
+from assay_features.events import KEY_SEPARATOR, Events, Reports
 from assay_features.state import StateLayout, entity_keys
 from assay_platform.errors import DataError
 from hypothesis import given, settings
@@ -339,3 +339,24 @@ def test_one_entity_with_large_values_does_not_blur_another(num_entities: int) -
     assert values[-1] == pytest.approx(0.3, abs=1e-12)
     if num_entities < 60_000:
         np.testing.assert_array_equal(values[:-2], 1e15)
+
+
+def test_reports_are_seen_only_after_their_delay() -> None:
+    rng = np.random.default_rng(3)
+    times = np.sort(rng.integers(0, 50, 300)) * 1_000_000
+    card = np.array([f"c{k}" for k in rng.integers(0, 4, 300)], dtype=object)
+    events = Events(times, {"card": card}, {"amount": rng.normal(size=300)}, labels=rng.random(300) < 0.3)
+    assert events.labels is not None
+    reported = Window(entity="card", aggregate="mean", column="fraud", length_s=24, max_events=400)
+    payments = Window(entity="card", aggregate="count", length_s=24, max_events=400)
+    plan = FeaturePlan((reported, payments))
+    found = features_at(plan, events, events, reports=Reports("fraud", 7))
+    alone = features_at(FeaturePlan((payments,)), events, events)
+    np.testing.assert_array_equal(found[payments.name], alone[payments.name])
+    for i in range(300):
+        age = (times[i] - times) / 1_000_000 - 7
+        known = (card == card[i]) & (age > 0) & (age <= 24)
+        expected = events.labels[known].mean() if known.any() else np.nan
+        np.testing.assert_allclose(found[reported.name][i], expected)
+    with pytest.raises(DataError, match="no labels, so nothing is reported as 'fraud'"):
+        features_at(plan, Events(times, events.keys), events, reports=Reports("fraud", 7))
