@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from assay_platform.kernels import expert_swiglu
 from assay_platform.moe.router import Routing
 
 
@@ -32,17 +33,5 @@ class SwiGLUExperts(nn.Module):
         return (silu(gate) * up) @ self.weight_out_EHD[expert]
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """Σ_k gate_k · expert_k(x), each row's own K experts.
-
-        Pairs are sorted by expert, so an expert is one dense product over its rows. That is the fastest form
-        on a CPU for batches above about E rows; kernels for small batches and GPUs come with `kernels`.
-        """
-        top_k = routing.expert_NK.shape[1]
-        expert_of_pair = routing.expert_NK.reshape(-1)
-        order = torch.argsort(expert_of_pair, stable=True)
-        row_of_pair = torch.div(order, top_k, rounding_mode="floor")
-        sizes = torch.bincount(expert_of_pair, minlength=self.num_experts).tolist()
-        chunks = torch.split(x_ND.index_select(0, row_of_pair), sizes)
-        outputs = torch.cat([self.run_one(e, chunk) for e, chunk in enumerate(chunks) if sizes[e] or e == 0])
-        weighted = outputs * routing.gate_NK.reshape(-1, 1).index_select(0, order).to(outputs.dtype)
-        return torch.zeros_like(x_ND).index_add(0, row_of_pair, weighted)
+        """Σ_k gate_k · expert_k(x), each row's own K experts."""
+        return expert_swiglu(x_ND, self.weight_in_EDH, self.weight_out_EHD, routing.expert_NK, routing.gate_NK)

@@ -1,0 +1,5 @@
+"""Fused products behind plain functions: one signature, an eager form that runs anywhere, a Triton form for GPUs."""
+
+from assay_platform.kernels.experts import expert_swiglu
+
+__all__ = ["expert_swiglu"]
