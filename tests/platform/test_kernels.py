@@ -106,6 +106,20 @@ def test_the_triton_form_equals_the_obvious_loop(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("num_rows", [1, 700, 40_000])
+@pytest.mark.parametrize("num_experts", [1, 5, 64, 300])
+def test_pairs_are_sorted_stably(num_rows: int, num_experts: int) -> None:
+    from assay_platform.kernels.experts_triton import sort_pairs
+
+    expert = torch.randint(0, num_experts, (num_rows, 4), device="cuda")
+    order, bounds = sort_pairs(expert, num_experts)
+    places, expected = torch.sort(expert.reshape(-1), stable=True)
+    assert torch.equal(order.long(), expected)
+    assert torch.equal(bounds.long(), torch.searchsorted(places, torch.arange(num_experts + 1, device="cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_triton_form_takes_strides_autocast_and_the_compiler() -> None:
     x, w_in, w_out, expert, gate = (t.cuda() for t in inputs(90, 64, 32, 8, 2, all_on_one=False))
     x, w_in, w_out = x.float(), w_in.float(), w_out.float()

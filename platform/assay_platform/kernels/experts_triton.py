@@ -271,7 +271,7 @@ FLOAT32 = Plan(_FLOAT32, _FLOAT32, _FLOAT32, _FLOAT32, _FLOAT32)
 # From so many pairs an expert on, a tile of the kind is mostly full.
 _LARGE_FROM, _MEDIUM_FROM = 256, 48
 # Pairs times experts that one program of the sort takes; more pairs, larger blocks, fewer rows of counts.
-_SORTED_SMALL, _SORTED_LARGE = 16_384, 65_536
+_SORTED_SMALL, _SORTED_LARGE = 16_384, 32_768
 
 
 def plan_of(num_pairs: int, num_experts: int, dtype: torch.dtype) -> Plan:
