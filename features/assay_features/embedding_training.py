@@ -14,7 +14,8 @@ block, so that a direction means the same in all of them.
 
 # N rows, V values, W width of a vector, K numbers of the context, H hidden units
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,16 +109,28 @@ def train_embedding(
             done += num_rows
             on_progress(done / total, "")
 
-    optimizer = _optimizer(network, training)
-    fit(len(labels), training.num_epochs, training.shared_share)
-    network.requires_grad_(False)
-    nn.init.zeros_(network.offsets.weight).requires_grad_(True)
-    vectors = []
-    for num_rows in seen:
+    with _one_thread():
         optimizer = _optimizer(network, training)
-        fit(int(num_rows), training.num_block_epochs, 0.0)
-        vectors.append((network.shared_W + network.offsets.weight).detach().numpy().copy())
+        fit(len(labels), training.num_epochs, training.shared_share)
+        network.requires_grad_(False)
+        nn.init.zeros_(network.offsets.weight).requires_grad_(True)
+        vectors = []
+        for num_rows in seen:
+            optimizer = _optimizer(network, training)
+            fit(int(num_rows), training.num_block_epochs, 0.0)
+            vectors.append((network.shared_W + network.offsets.weight).detach().numpy().copy())
     return EmbeddingTable(column, values, np.stack(vectors), since_us)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that a digest does not depend on the number of cores; for tensors so small also faster."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Rows(NamedTuple):
