@@ -145,10 +145,20 @@ def scores(table: Table, encoding: Any, model: str, seed: int) -> np.ndarray:
     return np.asarray(trained.predict(columns[cut:], raw_score=True))
 
 
+def resampled(metric: str, labels: np.ndarray, weight: np.ndarray, order: np.ndarray) -> float:
+    """The metric of rows taken so many times each; order: by falling score, equal scores in order of time."""
+    positive, negative = (weight * labels)[order], (weight * ~labels)[order]
+    above = np.cumsum(positive)
+    if metric == "AUC":
+        return float((negative * above).sum() / (positive.sum() * negative.sum()))
+    return float((positive * above / np.maximum(above + np.cumsum(negative), 1)).sum() / positive.sum())
+
+
 def compared(case: str, tables: list[Table], outputs: dict[str, list[np.ndarray]]) -> list[dict[str, Any]]:
     """A row a metric and peer. outputs: encoding → scores by seed, of the table of the same place."""
     rows = []
     labels = [table.labels[table.cut :] for table in tables]
+    orders = {name: [np.argsort(-s, kind="stable") for s in v] for name, v in outputs.items()}
     for metric, measure in METRICS.items():
         each = {name: [measure(y, s) for y, s in zip(labels, v, strict=True)] for name, v in outputs.items()}
         mean = {name: float(np.mean(v)) for name, v in each.items()}
@@ -158,8 +168,8 @@ def compared(case: str, tables: list[Table], outputs: dict[str, list[np.ndarray]
             differences = []
             for i, y in enumerate(labels):
                 if i == 0 or tables[i] is not tables[i - 1]:
-                    drawn = rng.integers(0, len(y), len(y))
-                ours, peer = (measure(y[drawn], outputs[name][i][drawn]) for name in (OURS, best))
+                    weight = np.bincount(rng.integers(0, len(y), len(y)), minlength=len(y))
+                ours, peer = (resampled(metric, y, weight, orders[name][i]) for name in (OURS, best))
                 differences.append(ours - peer)
             draws.append(np.mean(differences))
         interval = [float(f"{q:.3g}") for q in np.quantile(draws, [0.025, 0.975])]
