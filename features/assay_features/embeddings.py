@@ -1,17 +1,16 @@
-"""Learned vectors of a key column with many values, trained once, versioned by content, looked up like any feature.
+"""Learned vectors of a key column with many values: versioned by content, looked up like any feature.
 
-A small network learns to predict the label from the value's vector and the row's numbers (entity embeddings, Guo and
-Berkhahn 2016). Values seen fewer than `min_count` times share one vector, which values never seen get too; it is
-trained on them and on a random part of all others, so it means 'any value'.
+As every other feature, a vector is of a time: an event is given what was learned from earlier ones. How they are
+trained, and why by time, is in `embedding_training`.
 """
 
-# N rows, V values, W width of a vector, K numbers of the context
+# N rows, B vectors of one value by time, V values, W width of a vector
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,60 +20,71 @@ from assay_platform.errors import ArtifactError, DataError
 from assay_platform.storage.files import atomic_file
 from numpy.typing import NDArray
 
-from assay_features.definitions import Embedding
+from assay_features.definitions import Embedding, FeaturePlan
 from assay_features.events import Keys
 
-if TYPE_CHECKING:
-    import torch
-
 Floats = NDArray[np.float64]
+Times = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EmbeddingTable:
-    """Vectors of the known values of one column; the last row is the shared one of rare and unseen values."""
+    """Vectors of the known values of one column; the last of V is the shared one of rare and unseen values.
+
+    since_us: (B,) ascending; vectors_BVW[b] is for events from since_us[b] on, and learned from earlier ones alone.
+    Events before since_us[0] get the first. A trained table ends with what was learned from all of its rows.
+    """
 
     column: str
     values: tuple[str, ...]
-    vectors_VW: NDArray[np.float32]
+    vectors_BVW: NDArray[np.float32]
+    since_us: Times
 
     def __post_init__(self) -> None:
-        if self.vectors_VW.shape[0] != len(self.values) + 1:
-            raise DataError(f"{len(self.values)} values need as many vectors and a shared one")
-        object.__setattr__(self, "_index", pd.Index(list(self.values), dtype=object))
+        if self.vectors_BVW.shape[:2] != (len(self.since_us), len(self.values) + 1) or not len(self.since_us):
+            raise DataError(
+                f"{len(self.since_us)} times and {len(self.values)} values need as many vectors, a shared one besides"
+            )
 
     @property
     def width(self) -> int:
         """Numbers a vector."""
-        return int(self.vectors_VW.shape[1])
+        return int(self.vectors_BVW.shape[2])
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits of the content: the version."""
-        content = "\x00".join((self.column, *self.values)).encode() + self.vectors_VW.astype("<f4").tobytes()
-        return hashlib.sha256(content).hexdigest()[:12]
+        content = "\x00".join((self.column, *self.values)).encode() + self.vectors_BVW.astype("<f4").tobytes()
+        return hashlib.sha256(content + self.since_us.astype("<i8").tobytes()).hexdigest()[:12]
 
     @property
     def definition(self) -> Embedding:
         """The feature that this table serves."""
         return Embedding(column=self.column, width=self.width, table=self.digest)
 
-    def apply(self, keys: Keys | Sequence[str | None]) -> Floats:
-        """(N, W) vectors; values that are rare, unseen or missing get the shared one."""
-        index: pd.Index[str] = self._index  # type: ignore[attr-defined]
-        rows = index.get_indexer(pd.Index(np.asarray(keys, dtype=object)))
-        return self.vectors_VW[rows].astype(np.float64)  # -1, not found, is the last row
+    @property
+    def learned_until_us(self) -> int:
+        """The newest event that the vectors may have learned from."""
+        return int(self.since_us[-1]) - 1
 
-    def save(self, folder: Path) -> Path:
-        """Write `<digest>.parquet` into a folder, atomically; the same table again changes nothing."""
-        path = folder / f"{self.digest}.parquet"
-        names = [*self.values, None]
-        table = pa.table(
-            {"value": pa.array(names, pa.string()), "vector": pa.array(list(self.vectors_VW), pa.list_(pa.float32()))},
-            metadata={"column": self.column},
-        )
+    @cached_property
+    def _index(self) -> "pd.Index[str]":
+        return pd.Index(list(self.values), dtype=object)
+
+    def apply(self, keys: Keys | Sequence[str | None], time_us: Times) -> Floats:
+        """(N, W) vectors as of the times; values that are rare, unseen or missing get the shared one."""
+        block = np.maximum(np.searchsorted(self.since_us, time_us, side="right") - 1, 0)
+        value = self._index.get_indexer(pd.Index(np.asarray(keys, dtype=object)))
+        return self.vectors_BVW[block, value].astype(np.float64)  # -1, not found, is the last one
+
+    def save(self, repository: Path) -> Path:
+        """Write into a feature repository, atomically; the same table again changes nothing."""
+        path = table_path(repository, self.digest)
+        columns = {"value": pa.array([*self.values, None], pa.string())}
+        for since_us, vectors_VW in zip(self.since_us, self.vectors_BVW, strict=True):
+            columns[str(since_us)] = pa.array(list(vectors_VW), pa.list_(pa.float32()))
         with atomic_file(path) as part:
-            pq.write_table(table, part)
+            pq.write_table(pa.table(columns, metadata={"column": self.column}), part)
         return path
 
     @staticmethod
@@ -87,88 +97,27 @@ class EmbeddingTable:
         try:
             table = pq.read_table(path)
             values = table["value"].to_pylist()[:-1]
-            vectors = np.stack(table["vector"].to_numpy()).astype(np.float32)
-            loaded = EmbeddingTable(table.schema.metadata[b"column"].decode(), tuple(values), vectors)
-        except (OSError, KeyError, ValueError, pa.ArrowException, DataError) as error:
+            since_us = table.column_names[1:]
+            vectors = np.stack([np.stack(table[name].to_numpy()) for name in since_us]).astype(np.float32)
+            column = table.schema.metadata[b"column"].decode()
+            loaded = EmbeddingTable(column, tuple(values), vectors, np.array(since_us, dtype=np.int64))
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException, DataError) as error:
             raise ArtifactError(f"{path}: is not a readable embedding table ({error})") from error
         if loaded.digest != path.stem:
             raise ArtifactError(f"{path}: its content has digest {loaded.digest}; the file is damaged")
         return loaded
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingTraining:
-    """How a table is trained."""
-
-    width: int = 8
-    min_count: int = 10
-    num_epochs: int = 3
-    batch_size: int = 1024
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-4
-    shared_share: float = 0.05  # of rows, each epoch, that see the shared vector instead of their own
-    seed: int = 0
+def table_path(repository: Path, digest: str) -> Path:
+    """Where a feature repository keeps a table."""
+    return repository / "embeddings" / f"{digest}.parquet"
 
 
-def train_embedding(
-    column: str,
-    keys: Keys,
-    context_NK: Floats,
-    labels: NDArray[np.bool_],
-    training: EmbeddingTraining = EmbeddingTraining(),
-) -> EmbeddingTable:
-    """Learn vectors of a key column from rows of the training period alone.
-
-    context_NK: numbers of the rows; missing ones become the column's mean. Same seed and rows, same table.
+def load_tables(repository: Path, plan: FeaturePlan) -> dict[str, EmbeddingTable]:
+    """The trained tables of a plan's embeddings, by digest, from the folder of a feature repository.
 
     Raises:
-        DataError: no value is frequent enough, or the labels are of one class.
+        ArtifactError: one is missing or damaged.
     """
-    import torch
-    from torch import nn
-
-    if labels.all() or not labels.any():
-        raise DataError(f"embedding of {column!r}: all {len(labels)} labels are the same")
-    counts = pd.Series(keys).value_counts()
-    kept = counts.index[counts >= training.min_count]
-    if not len(kept):
-        raise DataError(
-            f"embedding of {column!r}: no value occurs {training.min_count} times; the commonest does "
-            f"{int(counts.iloc[0]) if len(counts) else 0} times"
-        )
-    values = tuple(sorted(str(value) for value in kept))
-    shared = len(values)
-    code = pd.Index(list(values), dtype=object).get_indexer(pd.Index(keys))
-    code_N = torch.from_numpy(np.where(code < 0, shared, code).astype(np.int64))
-    context = _standardised(context_NK)
-    target_N = torch.from_numpy(labels.astype(np.float32))
-    torch.manual_seed(training.seed)
-    generator = torch.Generator().manual_seed(training.seed)
-    vectors = nn.Embedding(shared + 1, training.width)
-    nn.init.normal_(vectors.weight, std=0.1)
-    head = nn.Sequential(nn.Linear(training.width + context.shape[1], 32), nn.ReLU(), nn.Linear(32, 1))
-    optimizer = torch.optim.AdamW(
-        [*vectors.parameters(), *head.parameters()], lr=training.learning_rate, weight_decay=training.weight_decay
-    )
-    loss_of = nn.BCEWithLogitsLoss()
-    for _ in range(training.num_epochs):
-        for rows in torch.split(torch.randperm(len(code_N), generator=generator), training.batch_size):
-            seen = code_N[rows]
-            hidden = torch.rand(len(rows), generator=generator) < training.shared_share
-            seen = torch.where(hidden, torch.full_like(seen, shared), seen)
-            logit = head(torch.cat([vectors(seen), context[rows]], dim=1)).squeeze(1)
-            optimizer.zero_grad()
-            loss_of(logit, target_N[rows]).backward()
-            optimizer.step()
-    return EmbeddingTable(column, values, vectors.weight.detach().numpy().copy())
-
-
-def _standardised(context_NK: Floats) -> "torch.Tensor":
-    import torch
-
-    filled = np.where(np.isfinite(context_NK), context_NK, np.nan)
-    with np.errstate(all="ignore"):
-        mean = np.nan_to_num(np.nanmean(filled, axis=0)) if len(filled) else 0.0
-        spread = np.nan_to_num(np.nanstd(filled, axis=0)) if len(filled) else 1.0
-    scaled = (np.where(np.isnan(filled), mean, filled) - mean) / np.where(spread > 0, spread, 1.0)
-    return torch.from_numpy(np.clip(scaled, -5, 5).astype(np.float32))
+    names = {embedding.table for embedding in plan.embeddings}
+    return {name: EmbeddingTable.load(table_path(repository, name)) for name in names}

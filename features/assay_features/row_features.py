@@ -94,7 +94,7 @@ def model_columns(
     for embedding in plan.embeddings:
         if tables is None or embedding.table not in tables:
             raise DataError(f"feature {embedding.name!r}: its table {embedding.table} is not there")
-        vectors = tables[embedding.table].apply(_named(events.keys, embedding.column))
+        vectors = tables[embedding.table].apply(_named(events.keys, embedding.column), events.time_us)
         columns.update(zip(embedding.names, vectors.T, strict=True))
     for cross in plan.crosses:
         columns[cross.name] = cross_column(cross, columns)

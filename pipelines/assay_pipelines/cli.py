@@ -19,11 +19,24 @@ _EPILOG = """examples:
   assay data get ieee-cis                                fetch a public data set
   assay run fraud --data ieee-cis                        features, search, training, gate, registry
   assay run fraud --data card.csv --schema card.toml     the same on your own table
+  assay features embed --help                            vectors of columns with many values
   assay models                                           what the registry holds
   assay serve                                            REST on http://127.0.0.1:8000, docs at /docs
   assay promote fraud-card 2                             make version 2 the one that answers
 
 Settings are read from assay.toml or the file that ASSAY_CONFIG names; ASSAY_HOME says where state lives.
+"""
+
+
+_EMBED = """Learns a vector for every value of a column with many values, from the training
+period alone ([split] train of the schema). The vectors are kept in the model's
+feature repository under a digest of their content, and a plan that names the
+digest uses them: in training, in serving, in retraining. Rare, unseen and
+missing values share one vector."""
+_EMBED_EPILOG = """examples:
+  assay features embed fraud --data card.csv --schema card.toml --column store_id --out plan.json
+  assay features embed fraud --data card.csv --schema card.toml --column card_id --plan plan.json --out plan.json
+  assay run fraud --data card.csv --schema card.toml --plan plan.json      train and serve with both
 """
 
 
@@ -71,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
                              help="seconds for the search (default: 120)")  # fmt: skip
         command.add_argument("--seed", type=int, default=42, metavar="N", help="same seed, same result (default: 42)")
         command.add_argument("--rows", type=int, metavar="N", help="only the newest N rows")
+        command.add_argument("--plan", type=Path, metavar="FILE.json",
+                             help="these features instead of those that the schema gives (fraud); "
+                                  "`assay features plan`, `discover` and `embed` write such files")  # fmt: skip
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip
@@ -107,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", metavar="NAME")
     bench.add_argument("--json", action="store_true", help="end with one JSON line")
     return parser
+
+
+def _labelled(application: str) -> str:
+    if application != "fraud":
+        raise argparse.ArgumentTypeError(f"{application!r}: vectors are learned from labels, which only fraud has")
+    return application
 
 
 def _add_features(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -151,6 +173,26 @@ def _add_features(commands: "argparse._SubParsersAction[_Parser]") -> None:
                                "(default: past labels are not looked at)")  # fmt: skip
     discover.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     discover.add_argument("--out", type=Path, metavar="FILE.json", help="write the plan, for `backfill --plan`")
+
+    embed = actions.add_parser(
+        "embed",
+        help="learn vectors of a column with many values, and put them into a plan",
+        description=_EMBED,
+        epilog=_EMBED_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    embed.add_argument("application", type=_labelled, metavar="APP", help="fraud")
+    embed.add_argument("--data", required=True, metavar="NAME|FILE",
+                       help="a data set's name, or a CSV or Parquet file")  # fmt: skip
+    embed.add_argument("--schema", type=Path, metavar="FILE.toml", help="what the columns of FILE mean")
+    embed.add_argument("--name", metavar="MODEL", help="the model that it is for (default: APP-DATA)")
+    embed.add_argument("--column", required=True, metavar="NAME", help="an entity or categorical column of the schema")
+    embed.add_argument("--width", type=int, default=8, metavar="N", help="numbers a vector (default: 8)")
+    embed.add_argument("--min-count", type=int, default=10, metavar="N",
+                       help="values seen less often share one vector (default: 10)")  # fmt: skip
+    embed.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same vectors (default: 0)")
+    embed.add_argument("--plan", type=Path, metavar="FILE.json", help="add to this plan, not to the default one")
+    embed.add_argument("--out", type=Path, metavar="FILE.json", help="write the plan with the embedding in it")
 
     materialize = actions.add_parser("materialize", help="load the states of a backfill into the online store again")
     materialize.add_argument("model", metavar="MODEL")

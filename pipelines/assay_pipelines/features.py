@@ -108,7 +108,7 @@ def show_plan(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 
         say(f"online state of one {entity_name(entity)}: {size:,} bytes")
     if call.out:
         write_json(call.out, plan.to_dict())
-        say(f"written to {call.out}; edit it and give it to `assay features backfill --plan`")
+        say(f"written to {call.out}; edit it and give it to `assay features backfill --plan` or `assay run --plan`")
     return 0
 
 
@@ -286,6 +286,50 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
     if call.out:
         write_json(call.out, FeaturePlan(found.kept).to_dict())
         say(f"written to {call.out}")
+    return 0
+
+
+def run_embed(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
+    """Train vectors of one column on the training period, keep them in the repository, put them into a plan."""
+    from assay_features.embedding_training import EmbeddingTraining, train_embedding
+
+    from assay_pipelines.datasets.table import load_table
+    from assay_pipelines.fraud.features import check_plan
+
+    schema = options.schema
+    assert isinstance(schema, FraudSchema)
+    if call.column not in schema.keys:
+        raise InputError(
+            f"--column {call.column!r} is no entity or categorical column of the schema; "
+            f"allowed are {', '.join(schema.keys)}"
+        )
+    training = EmbeddingTraining(width=call.width, min_count=call.min_count, seed=call.seed)
+    plan = read_plan(call.plan) if call.plan else default_plan_of(schema)
+    check_plan(plan, schema)
+    with reporter.stage("load", "Read and check the table"):
+        events = load_table(options.table, schema).events
+        events = events.take(slice(0, int(len(events) * schema.split.train)))
+    assert events.labels is not None
+    with reporter.stage("embed", f"Learn vectors of {call.column}") as stage:
+        table = train_embedding(
+            call.column,
+            events.keys[call.column],
+            events.time_us,
+            np.column_stack([np.empty((len(events), 0)), *(events.numbers[name] for name in schema.numeric)]),
+            events.labels,
+            training,
+            stage.update,
+        )
+    table.save(options.feature_repository)
+    num_distinct = len({value for value in events.keys[call.column] if value is not None})
+    say(as_code(table.definition))
+    say(f"{len(table.values):,} of {num_distinct:,} values have a vector of their own, learned from {len(events):,} "
+        f"rows; kept for {options.model_name}")  # fmt: skip
+    if call.out:
+        # Vectors of the column that were trained before give way to these.
+        others = tuple(d for d in plan.definitions if d.name != table.definition.name)
+        write_json(call.out, FeaturePlan((*others, table.definition)).to_dict())
+        say(f"written to {call.out}; `assay run fraud … --plan {call.out}` trains with it")
     return 0
 
 

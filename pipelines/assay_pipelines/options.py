@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from assay_features.definitions import FeaturePlan
 from assay_features.schema import Schema
 from assay_platform.config import Config
 from assay_platform.errors import ConfigError
@@ -16,6 +17,7 @@ class RunOptions:
 
     data: name of the data set or path, as the user gave it. budget_s: seconds for the search. max_trials: an
     upper limit besides. num_held_back: newest rows that the run must not see at all (the demo replays them).
+    plan: features instead of those that the schema gives by itself (fraud).
     """
 
     config: Config
@@ -31,6 +33,7 @@ class RunOptions:
     max_rows: int | None = None
     num_held_back: int = 0
     refit_on_all: bool = True
+    plan: FeaturePlan | None = None
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assay_platform.config import Config
-from assay_platform.errors import ArtifactError, RegistryError
+from assay_platform.errors import ArtifactError, InputError, RegistryError
 from assay_platform.tasks.cluster import ray_cluster
 from assay_platform.tracking import CHALLENGER, CHAMPION, AuditLog, GateReport, ModelRegistry, RunLog
 from assay_platform.tuning.search import Objective, SearchBudget, SearchResult, TrialResult, search
@@ -102,7 +102,8 @@ def champion_metric(
     """The champion's validation metric on the current validation rows, and its version.
 
     A champion that was trained on the same data with the same split is compared by its recorded metric: its
-    final fit may have seen the validation rows. Any other is measured anew.
+    final fit may have seen the validation rows. Any other is measured anew. One whose features the table no longer has,
+    or whose trained tables are gone, cannot be.
     """
     version_number = registry.version_of(options.model_name, CHAMPION)
     if version_number is None:
@@ -112,7 +113,7 @@ def champion_metric(
         if recorded is not None:
             return recorded, version_number
         return measure(registry.download(options.model_name, version_number)), version_number
-    except (ArtifactError, RegistryError) as error:
+    except (ArtifactError, RegistryError, InputError) as error:
         reporter.line(f"champion version {version_number} cannot be compared: {error}")
         return None, version_number
 

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from assay_features.definitions import FeaturePlan
 from assay_features.schema import FraudSchema, RecommendSchema, Schema, read_schema
 from assay_platform.config import Config, load_config
 from assay_platform.errors import InputError
+from assay_platform.storage import write_json
 
 from assay_pipelines.console import Reporter, complain, say
+from assay_pipelines.features import read_plan
 from assay_pipelines.options import RunOptions, RunReport
 
 
@@ -113,7 +116,15 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
     options = make_options(
         config, call.application, call.data, schema_file=call.schema, name=call.name, reporter=reporter
     )
-    return replace(options, seed=call.seed, budget_s=call.budget, max_rows=call.rows)
+    return replace(options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call))
+
+
+def _plan(call: argparse.Namespace) -> FeaturePlan | None:
+    if call.plan is None:
+        return None
+    if call.application != "fraud":
+        raise InputError(f"--plan {call.plan}: a recommender's features follow from its schema; --plan is for fraud")
+    return read_plan(call.plan)
 
 
 def run_application(options: RunOptions, reporter: Reporter) -> RunReport:
@@ -184,6 +195,11 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
     command += ["--json"] if call.json else []
     with tempfile.TemporaryDirectory(prefix="assay-job-") as scratch:
         folder = Path(scratch)
+        plan = _plan(call)
+        if plan is not None:
+            # Trained tables need not travel: they are in the feature repository, below ASSAY_HOME.
+            write_json(folder / "assay-feature-plan.json", plan.to_dict())
+            command += ["--plan", "assay-feature-plan.json"]
         if call.data in CATALOGUE:
             command += ["--data", call.data]
         else:
@@ -319,6 +335,7 @@ def _features(call: argparse.Namespace, config: Config) -> int:
         "backfill": features.run_backfill,
         "verify": features.run_verify,
         "discover": features.run_discover,
+        "embed": features.run_embed,
     }
     return works[call.features_command](options, call, reporter)
 

@@ -29,7 +29,7 @@ from feast.types import Bytes, Float64
 
 from assay_features.batch import EntityStates
 from assay_features.definitions import Entity, FeaturePlan, as_code, entity_columns, entity_name
-from assay_features.embeddings import EmbeddingTable
+from assay_features.embeddings import EmbeddingTable, load_tables
 from assay_features.events import Events
 from assay_features.feast.offline_store import CLASS_PATH as OFFLINE
 from assay_features.feast.offline_store import TIMESTAMP
@@ -91,7 +91,7 @@ class FeatureRepository:
         ids: event id → µs of the table's events, so that one sent again is known.
         """
         for table in (tables or {}).values():
-            table.save(self.folder / "embeddings")
+            table.save(self.folder)
         value_paths = {
             entity: self._write(
                 f"{_values_view(plan, entity)}.parquet", pa.Table.from_pandas(frame, preserve_index=False)
@@ -154,6 +154,8 @@ class FeatureRepository:
 
     def training_features(self, plan: FeaturePlan, spine: Events) -> dict[str, Floats]:
         """Point-in-time features of every spine row, in order, through Feast's `get_historical_features`."""
+        if not plan.numeric_names:
+            return {}
         columns = {name for entity in plan.entities for name in entity_columns(entity)}
         frame = pd.DataFrame({name: spine.keys[name] for name in columns if name in spine.keys})
         frame[TIMESTAMP] = pd.to_datetime(spine.time_us, unit="us", utc=True)
@@ -172,13 +174,8 @@ class FeatureRepository:
             return self._streams[plan.version]
 
     def embedding_tables(self, plan: FeaturePlan) -> dict[str, EmbeddingTable]:
-        """The trained tables of a plan's embeddings, by digest.
-
-        Raises:
-            ArtifactError: one is missing or damaged.
-        """
-        names = {embedding.table for embedding in plan.embeddings}
-        return {name: EmbeddingTable.load(self.folder / "embeddings" / f"{name}.parquet") for name in names}
+        """The trained tables of a plan's embeddings, by digest; see `load_tables`."""
+        return load_tables(self.folder, plan)
 
     def close(self) -> None:
         """Write what is in memory; let other processes write the streams."""

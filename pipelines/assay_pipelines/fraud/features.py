@@ -11,8 +11,10 @@ from assay_features.definitions import (
     Latest,
     SinceLatest,
     Window,
+    as_code,
 )
 from assay_features.schema import FraudSchema
+from assay_platform.errors import InputError
 
 _NUM_CROSSED = 3
 
@@ -42,5 +44,29 @@ def default_plan(schema: FraudSchema) -> FeaturePlan:
 
 def model_inputs(schema: FraudSchema, plan: FeaturePlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the model's numeric and categorical columns."""
-    numeric = (*schema.numeric, *plan.numeric_names, *(c.name for c in plan.calendar))
+    numeric = (*schema.numeric, *plan.numeric_names, *plan.row_numeric_names)
     return numeric, (*schema.categorical, *(c.name for c in plan.crosses))
+
+
+def check_plan(plan: FeaturePlan, schema: FraudSchema) -> None:
+    """See that the schema has every column that the plan names, before any row is read.
+
+    Raises:
+        InputError: it lacks one; the message names the definition and what the schema has.
+    """
+    sides = (
+        (
+            "entity or categorical",
+            schema.keys,
+            lambda part: (*part.key_columns(), *(e.column for e in part.embeddings)),
+        ),
+        ("numeric", schema.numbers, FeaturePlan.number_columns),
+    )
+    for definition in plan.definitions:
+        for kind, known, named in sides:
+            for column in named(FeaturePlan((definition,))):
+                if column not in known:
+                    raise InputError(
+                        f"feature plan: {as_code(definition)}: the schema has no {kind} column {column!r}; "
+                        f"it has {', '.join(known) or 'none'}"
+                    )

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from assay_features.batch import features_at, final_states
-from assay_features.definitions import FeaturePlan
+from assay_features.definitions import FeaturePlan, as_code
+from assay_features.embeddings import EmbeddingTable, load_tables, table_path
 from assay_features.events import Events
 from assay_features.row_features import model_columns
 from assay_features.schema import FraudSchema, Split, schema_to_dict
-from assay_platform.errors import DataError
+from assay_platform.errors import DataError, InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.calibration import fit_platt, threshold_at_fpr
 from assay_platform.models.fraud import FraudModel, fit_encoder
@@ -27,7 +28,7 @@ from assay_pipelines.fraud.evaluate import (
     fraud_metrics,
     tolerated_calibration_error,
 )
-from assay_pipelines.fraud.features import default_plan, model_inputs
+from assay_pipelines.fraud.features import check_plan, default_plan, model_inputs
 from assay_pipelines.fraud.train import (
     DEFAULTS,
     SPACE,
@@ -60,6 +61,10 @@ class Prepared:
     def __init__(self, options: RunOptions, reporter: Reporter) -> None:
         assert isinstance(options.schema, FraudSchema)
         self.schema = options.schema
+        self.plan = options.plan or default_plan(self.schema)
+        check_plan(self.plan, self.schema)
+        self.tables = _trained_tables(self.plan, options)
+        _try_without_rows(self.plan, self.schema, self.tables)
         with reporter.stage("load", "Read and check the table") as stage:
             self.table = load_table(options.table, self.schema)
             events = self.table.events
@@ -70,8 +75,8 @@ class Prepared:
                 events = events.take(slice(max(0, len(events) - options.max_rows), None))
             self.events = events
             stage.update(1.0, f"{len(events):,} rows")
-        self.plan = default_plan(self.schema)
         self.train, self.validation, self.test = time_split(events, self.schema.split, self.table)
+        self._check_tables()
         self.columns = self._columns(options, reporter)
         self.numeric, self.categorical = model_inputs(self.schema, self.plan)
         with reporter.stage("features", "Encode"):
@@ -105,12 +110,26 @@ class Prepared:
             past = self.history_events
             ids = None if past.ids is None else dict(zip(past.ids.tolist(), past.time_us.tolist(), strict=True))
             frames = value_frames(self.plan, self.events, values)
-            repository.publish(self.plan, frames, states, schema=schema_to_dict(self.schema), ids=ids)
+            repository.publish(
+                self.plan, frames, states, schema=schema_to_dict(self.schema), tables=self.tables, ids=ids
+            )
             history = repository.training_features(self.plan, self.events)
             repository.close()
             num_keys = sum(len(s.keys) for s in states.values())
             stage.update(1.0, f"{num_keys:,} keys online")
-        return model_columns(self.plan, self.events, history)
+        return model_columns(self.plan, self.events, history, self.tables)
+
+    def _check_tables(self) -> None:
+        """No vector may have learned from labels that this run measures with."""
+        newest_us = int(self.events.time_us[self.train[-1]])
+        for embedding in self.plan.embeddings:
+            learned_us = self.tables[embedding.table].learned_until_us
+            if learned_us > newest_us:
+                raise InputError(
+                    f"feature plan: {as_code(embedding)} was learned from events up to {_moment(learned_us)}, but the "
+                    f"training period of this run ends at {_moment(newest_us)}; `assay features embed` with this "
+                    "table and schema trains one that fits"
+                )
 
     def search_data(self, budget_s: float) -> FraudData:
         """A sample for trials: the newest training rows, the newest validation rows."""
@@ -124,6 +143,47 @@ class Prepared:
             train=LabelledRows(train.rows.rows(newest), train.labels[newest]),
             validation=LabelledRows(validation.rows.rows(newest_held), validation.labels[newest_held]),
         )
+
+
+def _moment(time_us: int) -> str:
+    return str(np.datetime64(int(time_us), "us").astype("datetime64[s]"))
+
+
+def _trained_tables(plan: FeaturePlan, options: RunOptions) -> dict[str, EmbeddingTable]:
+    """The tables of a plan's embeddings.
+
+    Raises:
+        InputError: the model's feature repository lacks one, or it is not of the column and width that the plan says.
+        ArtifactError: one is damaged.
+    """
+    for embedding in plan.embeddings:
+        path = table_path(options.feature_repository, embedding.table)
+        if not path.is_file():
+            raise InputError(
+                f"feature plan: {as_code(embedding)}: {options.model_name} has no such table ({path}); "
+                "`assay features embed` trains one, for the model that its --name says"
+            )
+    tables = load_tables(options.feature_repository, plan)
+    for embedding in plan.embeddings:
+        if tables[embedding.table].definition != embedding:
+            raise InputError(
+                f"feature plan: {as_code(embedding)}: its table is {as_code(tables[embedding.table].definition)}"
+            )
+    return tables
+
+
+def _try_without_rows(plan: FeaturePlan, schema: FraudSchema, tables: dict[str, EmbeddingTable]) -> None:
+    """Whatever a cross or a ratio names has to be there; better said now than after all has been computed.
+
+    Raises:
+        DataError: it is not.
+    """
+    nothing = Events(
+        time_us=np.empty(0, dtype=np.int64),
+        keys={name: np.empty(0, dtype=object) for name in schema.keys},
+        numbers={name: np.empty(0) for name in schema.numbers},
+    )
+    model_columns(plan, nothing, {name: np.empty(0) for name in plan.numeric_names}, tables)
 
 
 def time_split(events: Events, split: Split, table: LoadedTable) -> tuple[Rows, Rows, Rows]:
@@ -207,7 +267,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             options,
             registry,
             fingerprint=fingerprint,
-            measure=lambda folder: _validation_ap(folder, prepared),
+            measure=lambda folder: _validation_ap(folder, options.feature_repository, prepared),
             reporter=reporter,
         )
         baselines = {"lightgbm": baseline.metrics}
@@ -273,7 +333,7 @@ def _calibrated(model: FraudModel, prepared: Prepared) -> tuple[FraudModel, floa
     return model.calibrated(calibration, threshold, TARGET_FPR), error, tolerated
 
 
-def _validation_ap(folder: Path, prepared: Prepared) -> float:
+def _validation_ap(folder: Path, repository: Path, prepared: Prepared) -> float:
     """A registered model on the current validation rows, with the features that it was trained on."""
     from sklearn.metrics import average_precision_score
 
@@ -282,7 +342,9 @@ def _validation_ap(folder: Path, prepared: Prepared) -> float:
     if plan == prepared.plan:
         columns = prepared.columns
     else:
-        columns = model_columns(plan, prepared.events, features_at(plan, prepared.history_events, prepared.events))
+        check_plan(plan, prepared.schema)
+        history = features_at(plan, prepared.history_events, prepared.events)
+        columns = model_columns(plan, prepared.events, history, load_tables(repository, plan))
     held = {name: np.asarray(columns[name])[prepared.validation] for name in model.feature_names if name in columns}
     return float(average_precision_score(prepared.labels[prepared.validation], model.logits(model.encode(held))))
 
