@@ -168,7 +168,8 @@ def test_an_added_event_shows_in_the_next_read_and_survives_a_restart(tmp_path: 
 
 
 def test_embeddings_are_published_with_the_plan_and_found_by_their_digest(tmp_path: Path, events: Events) -> None:
-    table = EmbeddingTable("store", ("s1", "s2"), np.arange(6, dtype=np.float32).reshape(3, 2))
+    vectors = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
+    table = EmbeddingTable("store", ("s1", "s2"), vectors, np.zeros(1, dtype=np.int64))
     plan = FeaturePlan((*PLAN.definitions, table.definition))
     repository = FeatureRepository(tmp_path / "shop")
     states = {entity: final_states(plan, entity, events) for entity in plan.entities}
