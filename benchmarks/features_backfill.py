@@ -85,7 +85,7 @@ def events_of(table: pa.Table) -> Events:
 
 def child(path: Path, folder: Path) -> None:
     """The backfill alone."""
-    from assay_platform.tasks import ray_cluster
+    from assay_platform.tasks.cluster import ray_cluster
 
     source = Source(num_rows=NUM_ROWS, num_chunks=NUM_CHUNKS, identity="bench", read=Chunks(path))
     began = time.perf_counter()

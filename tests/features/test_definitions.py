@@ -167,7 +167,9 @@ def test_numbers_in_a_cross_go_into_buckets() -> None:
 
 
 def test_model_columns_hold_every_feature_of_the_row() -> None:
-    table = EmbeddingTable("store", ("s1",), np.array([[[1, 2], [3, 4]]], dtype=np.float32), np.zeros(1, dtype=np.int64))
+    table = EmbeddingTable(
+        "store", ("s1",), np.array([[[1, 2], [3, 4]]], dtype=np.float32), np.zeros(1, dtype=np.int64)
+    )
     plan = FeaturePlan(
         (
             Latest(entity="card", column="amount"),
