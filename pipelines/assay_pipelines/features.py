@@ -283,6 +283,9 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
         say("nothing lifts every later period for sure, so nothing is kept")
         return 0
     say(found.as_code())
+    if reports is not None and any(reports.column in FeaturePlan((d,)).number_columns() for d in found.kept):
+        say(f"windows over {reports.column!r} read labels {call.label_delay:g} days after their event; "
+            "`assay run --plan` and the stream do not take reports yet, `features_at(…, reports=…)` does")  # fmt: skip
     if call.out:
         write_json(call.out, FeaturePlan(found.kept).to_dict())
         say(f"written to {call.out}")

@@ -118,3 +118,10 @@ def test_discovery_prints_what_it_tried_and_what_it_kept(
     assert code == 0, err
     assert "candidates" in out
     assert "so nothing is kept" in out
+    num_candidates = int(out.split(" candidates")[0].split()[-1])
+    code, out, err = run(capsys, "discover", "fraud", "--data", table, "--schema", schema, "--label-delay", "0.5")
+    assert code == 0, err
+    assert int(out.split(" candidates")[0].split()[-1]) > num_candidates
+    code, _, err = run(capsys, "discover", "fraud", "--data", table, "--schema", schema, "--label-delay", "400")
+    assert code == 2
+    assert "--label-delay 400: expected 0 to 365 days" in err
