@@ -399,7 +399,10 @@ def run_backward(
 # ---------------------------------------------------------------------- operators, so that torch.compile sees one node
 
 
-@torch.library.custom_op("assay::expert_swiglu", mutates_args=())
+_FORWARD, _BACKWARD = "assay::expert_swiglu", "assay::expert_swiglu_backward"
+
+
+@torch.library.custom_op(_FORWARD, mutates_args=())
 def _forward(
     x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -418,7 +421,7 @@ def _(x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save
     )
 
 
-@torch.library.custom_op("assay::expert_swiglu_backward", mutates_args=())
+@torch.library.custom_op(_BACKWARD, mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, gate: Tensor, saved: Tensor, order: Tensor, bounds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
