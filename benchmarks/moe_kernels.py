@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _gpu import RUNS, captured, peak_gb, timed
 from _report import finish, median, row, spread
 
 D, H, E, K = 1024, 512, 64, 8
 LARGE, SMALL = 65_536, (1, 8, 64, 512)
-RUNS = 20
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -85,45 +85,6 @@ def inputs(num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gate, expert = torch.softmax(normal(num_rows, E), -1).topk(K, -1)
     w_in, w_out = (normal(E, D, 2 * H) / D**0.5).bfloat16(), (normal(E, H, D) / H**0.5).bfloat16()
     return normal(num_rows, D).bfloat16(), w_in, w_out, expert, gate / gate.sum(-1, keepdim=True)
-
-
-def timed(call: Callable[[], object]) -> list[float]:
-    """Milliseconds of each run, by the GPU's clock."""
-    for _ in range(3):
-        call()
-    out = []
-    for _ in range(RUNS):
-        torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        out.append(begin.elapsed_time(end))
-    return out
-
-
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """The same work as one graph launch."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def peak_gb(call: Callable[[], object]) -> float:
-    """Memory beyond what is held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def equal(ours: Tensor, peer: Tensor) -> None:

@@ -20,7 +20,6 @@ from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
 from torch import Tensor
 
-_BALANCE_WEIGHT = 0.01
 _EVALUATION_CHUNK = 8192
 _MIN_BATCH, _MIN_BATCHES = 32, 64
 
@@ -117,7 +116,7 @@ def train_net(
     def loss(batch: LabelledRows) -> Tensor:
         logits, balance = net(batch.rows)
         likelihood = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, pos_weight=weight)
-        total: Tensor = likelihood + _BALANCE_WEIGHT * balance
+        total: Tensor = likelihood + balance
         return total
 
     labels = data.validation.labels.numpy() > 0.5

@@ -245,7 +245,6 @@ class RankerTraining:
     num_hard: int = 50
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    balance_weight: float = 0.01
 
 
 def make_snapshots(
@@ -366,5 +365,5 @@ def _list_loss(
     log_probability = (logits + correction).log_softmax(1)
     count = labels.sum(1).clamp(min=1)
     per_user = -(log_probability * labels).sum(1) / count.sqrt()
-    loss: Tensor = per_user.sum() / count.sqrt().sum() + training.balance_weight * balance
+    loss: Tensor = per_user.sum() / count.sqrt().sum() + balance
     return loss

@@ -6,6 +6,8 @@ Pairs (row, expert) are sorted by expert and cut into tiles of one expert each. 
     slot[k-th choice of row] = gate_p · (hidden[p] W_out)    weight and scatter in the second
     y[row] = Σ_k slot[row, k]                                float32 sum in a fixed order, so results repeat to the bit
 
+A pair of no expert (-1) is sorted past all others, where no tile reaches, and its slot is left out of the sum.
+
 Backward has the same shape: a product that gathers, the SwiGLU derivative, two products that sum over the rows of an
 expert, one that scatters into slots again. What is kept from forward to backward is the product before SwiGLU. (Its
 derivative inside the product before it needs more registers than there are: 3.3 ms against 1.0 + 1.1 apart.)
@@ -29,10 +31,11 @@ class Sorted(NamedTuple):
 
 
 @triton.jit
-def _count_kernel(pairs, counts, P, E2: tl.constexpr, BLOCK: tl.constexpr):
-    """counts[block, e]: pairs of an expert in a block."""
+def _count_kernel(pairs, counts, P, E: tl.constexpr, E2: tl.constexpr, BLOCK: tl.constexpr):
+    """counts[block, e]: pairs of an expert in a block; those of none count as of an expert E."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(pairs + place, mask=place < P, other=0).to(tl.int32)
+    expert = tl.where(expert < 0, E, expert)
     count = tl.histogram(expert, E2, mask=place < P)
     tl.store(counts + tl.program_id(0) * E2 + tl.arange(0, E2), count)
 
@@ -53,11 +56,12 @@ def _bounds_kernel(counts, before, bounds, B, E: tl.constexpr, E2: tl.constexpr,
 
 
 @triton.jit
-def _place_kernel(pairs, before, bounds, order, P, E2: tl.constexpr, BLOCK: tl.constexpr):
+def _place_kernel(pairs, before, bounds, order, P, E: tl.constexpr, E2: tl.constexpr, BLOCK: tl.constexpr):
     """Every pair to its place; pairs of an expert stay in their own order."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = place < P
     expert = tl.load(pairs + place, mask=here, other=E2).to(tl.int32)
+    expert = tl.where(expert < 0, E, expert)
     mine = (expert[:, None] == tl.arange(0, E2)[None, :]).to(tl.int32)
     rank = tl.sum(mine * (tl.cumsum(mine, 0) - 1), 1)
     to = tl.load(bounds + expert, mask=here, other=0)
@@ -161,13 +165,16 @@ def _product_kernel(
 
 
 @triton.jit
-def _sum_kernel(slots, out, D: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = Σ_k slots[t, k], in float32."""
+def _sum_kernel(slots, pairs, out, D: tl.constexpr, TOP_K: tl.constexpr, PARTIAL: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = Σ_k slots[t, k], in float32; PARTIAL: without those of no expert, which nothing was written to."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        total += tl.load(slots + (row * TOP_K + k) * D + col, mask=col < D, other=0.0).to(tl.float32)
+        inside = col < D
+        if PARTIAL:
+            inside = inside & (tl.load(pairs + row * TOP_K + k) >= 0)
+        total += tl.load(slots + (row * TOP_K + k) * D + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + col, total.to(out.dtype.element_ty), mask=col < D)
 
 
@@ -206,7 +213,8 @@ def _weight_grad_kernel(
 
 @triton.jit
 def _swiglu_grad_kernel(
-    saved, weight, dhidden, dsaved, dweight, order, P, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    saved, weight, dhidden, dsaved, dweight, order, bounds, P,
+    H: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradient before SwiGLU, and the gates' own. dhidden turns from a gradient into gate · hidden, in place, which
     the gradient of W_out is a product of.
@@ -232,7 +240,8 @@ def _swiglu_grad_kernel(
         dgate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
         tl.store(dsaved + at * (2 * H) + col[None, :], dgate.to(kind), mask=inside)
         tl.store(dsaved + at * (2 * H) + H + col[None, :], (grad * silu).to(kind), mask=inside)
-    tl.store(dweight + pair, total, mask=here)
+    chosen = place < tl.load(bounds + E)  # what lies past it was never computed
+    tl.store(dweight + pair, tl.where(chosen, total, 0.0), mask=here)
 
 
 # Block sizes, warps and stages, measured on an H100. BM is the same for all products, since tiles are shared.
@@ -295,28 +304,30 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def sort_pairs(expert_TK: Tensor, num_experts: int) -> Sorted:
-    """A stable counting sort; no value comes back to the host."""
+def sort_pairs(expert_TK: Tensor, num_experts: int, *, partial: bool = False) -> Sorted:
+    """A stable counting sort; no value comes back to the host. partial: there may be -1."""
     pairs = expert_TK.reshape(-1)
-    P, E2 = pairs.numel(), _padded(num_experts)
+    P, E2 = pairs.numel(), _padded(num_experts + partial)
     elements, num_warps = (_SORTED_LARGE, 16) if P > _SORTED_LARGE else (_SORTED_SMALL, 8)
     block = max(16, elements // E2)
     B = _ceil(P, block)
     counts = torch.empty((2, B, E2), device=pairs.device, dtype=torch.int32)
     order = torch.empty(P, device=pairs.device, dtype=torch.int32)
     bounds = torch.empty(num_experts + 1, device=pairs.device, dtype=torch.int32)
-    _count_kernel[(B,)](pairs, counts[0], P, E2=E2, BLOCK=block, num_warps=4)
+    _count_kernel[(B,)](pairs, counts[0], P, E=num_experts, E2=E2, BLOCK=block, num_warps=4)
     rows = max(1, _SORTED_SMALL // E2)
     _bounds_kernel[(1,)](counts[0], counts[1], bounds, B, E=num_experts, E2=E2, ROWS=rows, num_warps=8)
-    _place_kernel[(B,)](pairs, counts[1], bounds, order, P, E2=E2, BLOCK=block, num_warps=num_warps)
+    _place_kernel[(B,)](pairs, counts[1], bounds, order, P, E=num_experts, E2=E2, BLOCK=block, num_warps=num_warps)
     return Sorted(order, bounds)
 
 
-def _summed(slots_PD: Tensor, top_k: int) -> Tensor:
-    T, D = slots_PD.shape[0] // top_k, slots_PD.shape[1]
+def _summed(slots_PD: Tensor, expert_TK: Tensor, *, partial: bool) -> Tensor:
+    (T, top_k), D = expert_TK.shape, slots_PD.shape[1]
     out = slots_PD.new_empty(T, D)
     block = min(1024, triton.next_power_of_2(D))
-    _sum_kernel[(T, _ceil(D, block))](slots_PD, out, D=D, TOP_K=top_k, BLOCK=block, num_warps=4)
+    _sum_kernel[(T, _ceil(D, block))](
+        slots_PD, expert_TK, out, D=D, TOP_K=top_k, PARTIAL=partial, BLOCK=block, num_warps=4
+    )
     return out
 
 
@@ -328,13 +339,14 @@ def run_forward(
     gate_TK: Tensor,
     *,
     save: bool,
+    partial: bool = False,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Sorted]:
     """y (T, D); the product before SwiGLU (P, 2H), empty unless `save`; the order of pairs."""
     (T, D), (E, H, _), K = x_TD.shape, w_out_EHD.shape, expert_TK.shape[1]
     P = T * K
     first, second, *_ = plan or plan_of(P, E, x_TD.dtype)
-    pairs = sort_pairs(expert_TK, E)
+    pairs = sort_pairs(expert_TK, E, partial=partial)
     num_tiles = min(P, P // first["BM"] + E)
     hidden = x_TD.new_empty(P, H)
     saved = x_TD.new_empty((P, 2 * H) if save else (0, 2 * H))
@@ -347,7 +359,7 @@ def run_forward(
         hidden, w_out_EHD, slots, gate_TK, *pairs, N=D, K=H, STRIDE_BK=D, STRIDE_BN=1, GATHER=False, WEIGHTED=True,
         **common, **second,
     )  # fmt: skip
-    return _summed(slots, K), saved, pairs
+    return _summed(slots, expert_TK, partial=partial), saved, pairs
 
 
 def run_backward(
@@ -355,9 +367,12 @@ def run_backward(
     x_TD: Tensor,
     w_in_EDF: Tensor,
     w_out_EHD: Tensor,
+    expert_TK: Tensor,
     gate_TK: Tensor,
     saved: Tensor,
     pairs: Sorted,
+    *,
+    partial: bool = False,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, both weights and the gates."""
@@ -374,8 +389,8 @@ def run_backward(
         **common, **chosen.dhidden,
     )  # fmt: skip
     _swiglu_grad_kernel[(_ceil(P, 2),)](
-        saved, gate_TK, dhidden, dsaved, dgate_TK, pairs.order_P, P,
-        H=H, BM=2, BN=min(512, triton.next_power_of_2(H)), num_warps=4,
+        saved, gate_TK, dhidden, dsaved, dgate_TK, *pairs, P,
+        H=H, E=E, BM=2, BN=min(512, triton.next_power_of_2(H)), num_warps=4,
     )  # fmt: skip
 
     def weight_gradient(a: Tensor, b: Tensor, like: Tensor, *, gather_a: bool) -> Tensor:
@@ -393,7 +408,7 @@ def run_backward(
         dsaved, w_in_EDF, slots, gate_TK, *pairs, N=D, K=2 * H, STRIDE_BK=1, STRIDE_BN=2 * H, GATHER=False,
         WEIGHTED=False, **common, **chosen.dx,
     )  # fmt: skip
-    return _summed(slots, K), dw_in, dw_out, dgate_TK
+    return _summed(slots, expert_TK, partial=partial), dw_in, dw_out, dgate_TK
 
 
 # ---------------------------------------------------------------------- operators, so that torch.compile sees one node
@@ -404,14 +419,16 @@ _FORWARD, _BACKWARD = "assay::expert_swiglu", "assay::expert_swiglu_backward"
 
 @torch.library.custom_op(_FORWARD, mutates_args=())
 def _forward(
-    x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save: bool
+    x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save: bool, partial: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, saved, pairs = run_forward(x, w_in, w_out, expert, gate, save=save)
+    y, saved, pairs = run_forward(x, w_in, w_out, expert, gate, save=save, partial=partial)
     return y, saved, pairs.order_P, pairs.bounds_E1
 
 
 @_forward.register_fake
-def _(x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save: bool) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save: bool, partial: bool
+) -> tuple[Tensor, ...]:
     saved = x.new_empty((expert.numel() if save else 0, w_in.shape[2]))
     return (
         torch.empty_like(x),
@@ -423,40 +440,45 @@ def _(x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save
 
 @torch.library.custom_op(_BACKWARD, mutates_args=())
 def _backward(
-    dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, gate: Tensor, saved: Tensor, order: Tensor, bounds: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return run_backward(dy, x, w_in, w_out, gate, saved, Sorted(order, bounds))
+    dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, saved: Tensor, order: Tensor,
+    bounds: Tensor, partial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return run_backward(dy, x, w_in, w_out, expert, gate, saved, Sorted(order, bounds), partial=partial)
 
 
 @_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, gate: Tensor, saved: Tensor, order: Tensor, bounds: Tensor
-) -> tuple[Tensor, ...]:
+    dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, saved: Tensor, order: Tensor,
+    bounds: Tensor, partial: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out), torch.empty_like(gate)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_in, w_out, _, gate, _ = inputs
+    *tensors, _, partial = inputs
+    ctx.partial = partial
     ctx.set_materialize_grads(False)  # or the other outputs, as large as all hidden layers, get gradients of zeros
-    ctx.save_for_backward(x, w_in, w_out, gate, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     assert dy is not None
-    dx, dw_in, dw_out, dgate = _backward(dy.contiguous(), *ctx.saved_tensors)
-    return dx, dw_in, dw_out, None, dgate, None
+    dx, dw_in, dw_out, dgate = _backward(dy.contiguous(), *ctx.saved_tensors, ctx.partial)
+    return dx, dw_in, dw_out, None, dgate, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
-def expert_swiglu(x_TD: Tensor, w_in_EDF: Tensor, w_out_EHD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
+def expert_swiglu(
+    x_TD: Tensor, w_in_EDF: Tensor, w_out_EHD: Tensor, expert_TK: Tensor, gate_TK: Tensor, *, partial: bool
+) -> Tensor:
     """See `experts.expert_swiglu`."""
     inputs = (x_TD, w_in_EDF, w_out_EHD, gate_TK)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     tensors = (x_TD, w_in_EDF, w_out_EHD, expert_TK, gate_TK.float())
     contiguous = [tensor.contiguous() for tensor in tensors]
     if not save and not torch.compiler.is_compiling():  # an operator's dispatch takes as long as a small batch
-        return run_forward(*contiguous, save=False)[0]
-    y: Tensor = _forward(*contiguous, save)[0]
+        return run_forward(*contiguous, save=False, partial=partial)[0]
+    y: Tensor = _forward(*contiguous, save, partial)[0]
     return y

@@ -1,14 +1,24 @@
 """The sparse Mixture-of-Experts backbone that every model of the platform stands on."""
 
 from assay_platform.moe.backbone import Backbone, BackboneConfig
+from assay_platform.moe.capacity import CapacityConfig
 from assay_platform.moe.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
-from assay_platform.moe.layer import MoELayer, Routing
+from assay_platform.moe.experts import Expert, ExpertSpec
+from assay_platform.moe.instruments import RoutingMonitor
+from assay_platform.moe.layer import MoELayer
+from assay_platform.moe.router import ROUTERS, Router, Routing
 
 __all__ = [
+    "ROUTERS",
     "Backbone",
     "BackboneConfig",
+    "CapacityConfig",
     "CategoricalEmbedding",
+    "Expert",
+    "ExpertSpec",
     "MoELayer",
     "PiecewiseLinearEmbedding",
+    "Router",
     "Routing",
+    "RoutingMonitor",
 ]

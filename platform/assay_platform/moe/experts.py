@@ -1,37 +1,193 @@
-"""The experts: SwiGLU networks of one shape, stored as stacked weights.
+"""Experts as parts: each a module with weights of its own; a pool runs the chosen ones and lets them come and go.
 
-SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer, 'GLU Variants Improve Transformer', arXiv:2002.05202).
-Not covered yet: experts of different sizes, add / remove / freeze.
+    kind     swiglu   (silu(x W_gate) * x W_up) W_out      Shazeer, arXiv:2002.05202
+             gelu     gelu(x W_in) W_out
+    columns  a slice of the input that the expert reads, for experts of one feature; all of it if there is none
+
+Experts of one pool may differ in kind and size. One that no row chose in a step gets no gradient at all (None, not
+zeros), so optimizers skip it and make no state for it: training touches selected experts only, see `TrainConfig`.
+Changes to the pool go through `MoELayer`, which keeps the router in step.
 """
 
-# N rows, D model width, E experts, H hidden width of one expert, K chosen
+# N rows, K chosen, M rows of one expert, D model width, E experts, H hidden width, F = 2 H: gate columns, up columns
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
-from assay_platform.kernels import expert_swiglu
+from assay_platform.errors import ConfigError
+from assay_platform.kernels.experts import compilable, expert_swiglu, fits_compiled
 from assay_platform.moe.router import Routing
 
 
-class SwiGLUExperts(nn.Module):
-    """E experts; every chosen (row, expert) pair is computed, none is dropped."""
+@dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """What an expert is, apart from its weights. columns: (first, past the last) of the input, None for all."""
 
-    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+    hidden: int
+    kind: str = "swiglu"
+    columns: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("swiglu", "gelu"):
+            raise ConfigError(f"expert kind is {self.kind!r}; allowed are swiglu and gelu")
+        if self.hidden < 1:
+            raise ConfigError(f"expert hidden width is {self.hidden}; it must be at least 1")
+        if self.columns is not None and not 0 <= self.columns[0] < self.columns[1]:
+            raise ConfigError(f"expert columns are {self.columns}; the first must be below the end, neither below 0")
+
+
+class Expert(nn.Module):
+    """(M, D) → (M, D)."""
+
+    def __init__(self, width: int, spec: ExpertSpec) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.weight_in_EDH = nn.Parameter(torch.empty(num_experts, width, 2 * hidden))
-        self.weight_out_EHD = nn.Parameter(torch.empty(num_experts, hidden, width))
-        nn.init.normal_(self.weight_in_EDH, std=1.0 / math.sqrt(width))
-        nn.init.normal_(self.weight_out_EHD, std=1.0 / math.sqrt(hidden))
+        start, stop = spec.columns or (0, width)
+        if stop > width:
+            raise ConfigError(f"expert columns are {spec.columns}; the layer is {width} wide")
+        self.spec = spec
+        factor = 2 if spec.kind == "swiglu" else 1
+        self.w_in_DF = nn.Parameter(torch.randn(stop - start, factor * spec.hidden) / math.sqrt(stop - start))
+        self.w_out_HD = nn.Parameter(torch.randn(spec.hidden, width) / math.sqrt(spec.hidden))
 
-    def run_one(self, expert: int, x_MD: Tensor) -> Tensor:
-        """Expert number `expert` on all M rows."""
-        gate, up = (x_MD @ self.weight_in_EDH[expert]).chunk(2, dim=-1)
-        return (silu(gate) * up) @ self.weight_out_EHD[expert]
+    def forward(self, x_MD: Tensor) -> Tensor:
+        """Run rows, on the device that the weights are on; the result is there too."""
+        device = self.w_in_DF.device
+        if x_MD.device != device:
+            x_MD = x_MD.to(device, non_blocking=True)
+        if self.spec.columns is not None:
+            x_MD = x_MD[:, self.spec.columns[0] : self.spec.columns[1]]
+        inner_MF = x_MD @ self.w_in_DF
+        if self.spec.kind == "gelu":
+            return gelu(inner_MF) @ self.w_out_HD
+        gate_MH, up_MH = inner_MF.chunk(2, dim=-1)
+        return (silu(gate_MH) * up_MH) @ self.w_out_HD
+
+
+class ExpertPool(nn.Module):
+    """Runs every chosen (row, expert) pair; nothing is dropped. The last `num_always` experts run for every row.
+
+    Where all are SwiGLU of one size on one device, their weights are views of one block, so one product over the block
+    serves them all and still every expert is a module of its own.
+    """
+
+    def __init__(self, width: int, specs: Sequence[ExpertSpec], num_always: int = 0) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert(width, spec) for spec in specs)
+        self.num_always = num_always
+        self._block: tuple[Tensor, Tensor] | None = None
+        self._uniform: bool | None = None
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, index: int) -> Expert:
+        expert = self.experts[index]
+        assert isinstance(expert, Expert)
+        return expert
+
+    def __iter__(self) -> Iterator[Expert]:
+        return (self[e] for e in range(len(self)))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether one product over a block of weights can run them all."""
+        if self._uniform is None:
+            first = self[0]
+            same = ExpertSpec(hidden=first.spec.hidden)
+            device = first.w_in_DF.device
+            self._uniform = all(e.spec == same and e.w_in_DF.device == device for e in self)
+        return self._uniform
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """Σ_k gate_k · expert_k(x), each row's own K experts."""
-        return expert_swiglu(x_ND, self.weight_in_EDH, self.weight_out_EHD, routing.expert_NK, routing.gate_NK)
+        """Σ_k gate_k · expert_k(x), each row's own experts, + Σ those that always run."""
+        if self._in_one(x_ND):
+            w_in_EDF, w_out_EHD = self.block()
+            return expert_swiglu(
+                x_ND, w_in_EDF, w_out_EHD, routing.expert_NK, routing.gate_NK,
+                num_always=self.num_always, partial=routing.partial,
+            )  # fmt: skip
+        return self.always(x_ND) + self._each(x_ND, routing)
+
+    def always(self, x_ND: Tensor) -> Tensor:
+        """The part of the experts that every row has."""
+        total = x_ND.new_zeros(())
+        for e in range(len(self) - self.num_always, len(self)):
+            total = total + self[e](x_ND).to(x_ND.device)
+        return total
+
+    def compilable(self) -> bool:
+        """Whether the compiled CPU form takes these experts."""
+        return self.uniform and compilable(self[0].w_out_HD)
+
+    def _in_one(self, x_ND: Tensor) -> bool:
+        if x_ND.is_cuda:
+            return self.uniform and x_ND.device == self[0].w_out_HD.device
+        return fits_compiled(x_ND) and self.compilable()
+
+    def _each(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """Pairs sorted by expert, so that an expert is one product over its rows, wherever it is."""
+        num_slots = routing.expert_NK.shape[1]
+        expert_P = routing.expert_NK.reshape(-1)
+        order_P = torch.argsort(expert_P, stable=True)
+        none, *sizes = torch.bincount(expert_P + 1, minlength=len(self) + 1).tolist()
+        order_P = order_P[none:]
+        row_P = torch.div(order_P, num_slots, rounding_mode="floor")
+        chunks = torch.split(x_ND.index_select(0, row_P), sizes)
+        outputs = [self[e](chunk).to(x_ND.device) for e, chunk in enumerate(chunks) if sizes[e]]
+        if not outputs:
+            return torch.zeros_like(x_ND)
+        output_PD = torch.cat(outputs)
+        gate_P1 = routing.gate_NK.reshape(-1, 1).index_select(0, order_P).to(output_PD.dtype)
+        return torch.zeros_like(x_ND, dtype=output_PD.dtype).index_add(0, row_P, output_PD * gate_P1)
+
+    def block(self) -> tuple[Tensor, Tensor]:
+        """All weights as (E, D, F) and (E, H, D), with gradients to every expert's own where there are any."""
+        if self._block is not None and not torch.is_grad_enabled():
+            return self._block
+        ins: list[Tensor] = [e.w_in_DF for e in self]
+        outs: list[Tensor] = [e.w_out_HD for e in self]
+        if torch.is_grad_enabled() and any(w.requires_grad for w in (*ins, *outs)):
+            return torch.stack(ins), torch.stack(outs)
+        if self._block is None:
+            # Weights made in inference mode could not be trained any more.
+            with torch.inference_mode(False), torch.no_grad():
+                self._block = torch.stack(ins), torch.stack(outs)
+                for e, expert in enumerate(self):
+                    # A change of an expert's weights in place is a change of the block, and the other way round.
+                    expert.w_in_DF.data, expert.w_out_HD.data = self._block[0][e], self._block[1][e]
+        return self._block
+
+    def failing(self, x_ND: Tensor, routing: Routing) -> dict[int, str]:
+        """Which chosen experts fail on the rows that chose them, and how; rows that are not finite prove nothing."""
+        reasons: dict[int, str] = {}
+        for e in sorted(set(routing.expert_NK.reshape(-1).tolist()) - {-1}):
+            rows_MD = x_ND[(routing.expert_NK == e).any(dim=1)]
+            rows_MD = rows_MD[rows_MD.isfinite().all(dim=1)]
+            try:
+                if not self[e](rows_MD).isfinite().all():
+                    reasons[e] = "output is not finite"
+            except Exception as error:  # noqa: BLE001 - whatever an expert dies of, the others go on
+                reasons[e] = f"{type(error).__name__}: {error}"
+        return reasons
+
+    def rearrange(self, experts: Sequence[Expert]) -> None:
+        """Take these experts instead, those that always run included."""
+        self.experts = nn.ModuleList(experts)
+        self.forget_block()
+
+    def forget_block(self) -> None:
+        """Weights have moved: what was known of them as a block holds no more."""
+        self._block = self._uniform = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget_block()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_block": None, "_uniform": None}  # a copy's experts have weights of their own
