@@ -19,6 +19,7 @@ from assay_pipelines.console import Reporter
 from assay_pipelines.options import RunOptions
 
 if TYPE_CHECKING:
+    from assay_platform.moe import RoutingMonitor
     from mlflow.models import ModelSignature
 
 
@@ -43,6 +44,12 @@ def tracked_run(options: RunOptions, reporter: Reporter, *, fingerprint: str, pl
     with log.run(f"assay-{options.application}", tags) as run:
         run.log(params={"seed": options.seed, "budget_s": options.budget_s, "code_version": _code_version()})
         yield run
+
+
+def log_routing(run: RunLog, monitor: "RoutingMonitor") -> None:
+    """What the routers of a training did, an epoch at a time, as metrics and as routing.png."""
+    run.log_history(monitor.series())
+    run.log_figure("routing.png", monitor.plot)
 
 
 def run_search(

@@ -98,6 +98,8 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
         metrics,
         pinned_name=recommend,
     )
+    slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
+    metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
     follower = Follower(
         lambda: ModelRegistry(config.tracking_uri, AuditLog(config.paths.audit_log)),
         [fraud_slot, recommend_slot],

@@ -27,6 +27,7 @@ class FraudScorer:
     ) -> None:
         self.schema, self.plan = schema, plan
         self._model = model
+        self.fences = model.fences
         self._online = repository.online(plan)
         self._tables = repository.embedding_tables(plan)
         self._reasons = ReasonWriter(plan, model.feature_names)

@@ -87,6 +87,7 @@ class ItemRecommender:
     ) -> None:
         self.schema, self.plan = schema, plan
         self._model = model
+        self.fences = model.fences
         self._features = ItemFeatures(plan, schema.item, model.items, repository)
 
     @staticmethod

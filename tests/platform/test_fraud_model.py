@@ -10,7 +10,7 @@ from assay_platform.errors import ArtifactError, InputError
 from assay_platform.models.calibration import PlattCalibration, fit_platt, sigmoid, threshold_at_fpr
 from assay_platform.models.explain import integrated_gradients
 from assay_platform.models.fraud import FraudModel, FraudNet, FraudNetConfig, fit_encoder, mean_embedding
-from assay_platform.moe import BackboneConfig
+from assay_platform.moe import BackboneConfig, MoELayer
 
 
 def columns(num_rows: int = 200) -> dict[str, object]:
@@ -134,3 +134,30 @@ def test_threshold_flags_at_most_the_allowed_negatives_even_with_ties(fpr: float
     scores, labels = rng.integers(0, 50, 2000) / 50, rng.random(2000) < 0.1
     flagged = scores >= threshold_at_fpr(scores, labels, fpr)
     assert flagged[~labels].mean() <= fpr
+
+
+def test_a_payment_is_scored_while_an_expert_is_lost_and_operators_see_it(model: FraudModel) -> None:
+    from assay_platform.monitoring.metrics import ServiceMetrics
+
+    rows = model.encode(columns())
+    healthy = model.score(rows).probability
+    metrics = ServiceMetrics()
+    metrics.watch_experts(lambda: {"fraud": model.fences})
+    assert 'assay_experts_fenced{application="fraud",layer="0"} 0.0' in metrics.render().decode()
+    layer = model._net.backbone.layers[0]
+    assert isinstance(layer, MoELayer)
+    weights = [{name: value.clone() for name, value in expert.state_dict().items()} for expert in layer.pool]
+    for expert in range(3):  # of four, two of which a row chooses
+        layer.pool[expert].w_out_HD.fill_(float("nan"))
+    scores, explanation = model.explain(rows)
+    assert np.isfinite(model.score(rows).probability).all()
+    assert np.isfinite(explanation.contribution_NG).all()
+    np.testing.assert_allclose(scores.probability, model.score(rows).probability, atol=1e-5)
+    lost = [fence.expert for fence in model.fences[0].fenced()]
+    assert lost
+    text = metrics.render().decode()
+    assert f'assay_experts_fenced{{application="fraud",layer="0"}} {len(lost)}.0' in text
+    assert f'assay_expert_failures_total{{application="fraud",layer="0"}} {len(lost)}.0' in text
+    for expert in range(3):
+        layer.restore(expert, weights[expert])
+    np.testing.assert_array_equal(model.score(rows).probability, healthy)

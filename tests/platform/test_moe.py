@@ -232,7 +232,8 @@ def test_a_forecast_steers_only_once_it_beats_the_load_now() -> None:
     assert balance.active
     next_load = (even + tilt * (-1) ** 600) * 4
     torch.testing.assert_close(balance.forecast_E, next_load, atol=0.2, rtol=0.0)
-    assert balance.steer().argmin() == next_load.argmax()
+    ahead = balance.factor_E.lerp(balance.forecast_E, 0.05)
+    torch.testing.assert_close(balance.steer(), -2.0 * (ahead - 1.0))
     noise = LoadForecast(4, 2)
     generator = torch.Generator().manual_seed(0)
     level = even.clone()
@@ -415,6 +416,26 @@ def test_frozen_experts_keep_their_weights_and_train_only_trains_nothing_else() 
     trained(layer)
     changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"pool.experts.3.w_in_DF", "pool.experts.3.w_out_HD"}
+
+
+def test_isolated_pre_training_touches_selected_experts_alone_and_fine_tuning_opens_all() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(8, 8, 6, 2)
+    layer.isolate([0, 2, 5])
+    before = copy.deepcopy(layer.state_dict())
+    trained(layer, steps=300)
+    changed = {e for e in range(6) if not torch.equal(layer.pool[e].w_in_DF, before[f"pool.experts.{e}.w_in_DF"])}
+    assert changed == {0, 2, 5}
+    x = torch.randn(200, 8)
+    layer.eval()
+    out = layer(x)
+    assert set(out.routing.expert_NK.flatten().tolist()) == {0, 2, 5}
+    layer.open_all()
+    torch.testing.assert_close(layer(x).y_ND, out.y_ND)
+    trained(layer, steps=260)
+    assert set(layer.eval()(x).routing.expert_NK.flatten().tolist()) == set(range(6))
+    with pytest.raises(InputError, match="a row needs 2"):
+        layer.isolate([1])
 
 
 def test_a_replaced_expert_answers_for_the_same_rows() -> None:

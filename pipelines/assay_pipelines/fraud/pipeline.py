@@ -41,7 +41,14 @@ from assay_pipelines.fraud.train import (
 )
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
-from assay_pipelines.tracking import champion_metric, open_registry, register_version, run_search, tracked_run
+from assay_pipelines.tracking import (
+    champion_metric,
+    log_routing,
+    open_registry,
+    register_version,
+    run_search,
+    tracked_run,
+)
 
 _MAX_CATEGORIES = 2000
 # A trial sees the newest rows, as many as let a few trials finish within the budget.
@@ -237,7 +244,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         with reporter.stage("train", "Train the MoE model") as stage:
             steps = num_batches(found.best, len(prepared.data.train))
             num_epochs = min(_MAX_EPOCHS, max(_FINAL_EPOCHS, -(-_MIN_STEPS // steps)))
-            net, fitted = train_net(
+            net, fitted, routing = train_net(
                 found.best,
                 prepared.data,
                 num_epochs=num_epochs,
@@ -246,6 +253,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             )
             stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
         run.log_steps("validation.average_precision", fitted.history)
+        log_routing(run, routing)
         model, validation_ece, tolerated_ece = _calibrated(as_model(net, found.best, prepared.data), prepared)
         with reporter.stage("evaluate", "Score the test period"):
             probability = model.score(prepared.rows.rows.rows(_slice(prepared.test))).probability

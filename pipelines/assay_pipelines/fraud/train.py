@@ -14,7 +14,7 @@ from assay_platform.models.fraud import (
     TabularEncoder,
     mean_embedding,
 )
-from assay_platform.moe import BackboneConfig
+from assay_platform.moe import BackboneConfig, RoutingMonitor
 from assay_platform.training import FitResult, TrainConfig, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
@@ -93,6 +93,14 @@ def num_batches(params: Mapping[str, Any], num_rows: int) -> int:
     return max(1, num_rows // size)
 
 
+class TrainedNet(NamedTuple):
+    """A net and how it came about."""
+
+    net: FraudNet
+    fitted: FitResult
+    routing: RoutingMonitor  # a report an epoch
+
+
 def train_net(
     params: Mapping[str, Any],
     data: FraudData,
@@ -100,7 +108,7 @@ def train_net(
     num_epochs: int,
     seed: int,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
-) -> tuple[FraudNet, FitResult]:
+) -> TrainedNet:
     """Train from scratch; the same seed gives the same weights on the same machine."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -131,16 +139,22 @@ def train_net(
         learning_rate=float(params["learning_rate"]),
         weight_decay=float(params["weight_decay"]),
     )
-    result = fit(
-        net,
-        batches=batches,
-        num_batches=steps,
-        loss=loss,
-        evaluate=evaluate,
-        config=config,
-        on_epoch=on_epoch,
-    )
-    return net, result
+
+    def epoch_done(epoch: int, metric: float) -> None:
+        monitor.metrics()
+        on_epoch(epoch, metric)
+
+    with RoutingMonitor(net) as monitor:
+        result = fit(
+            net,
+            batches=batches,
+            num_batches=steps,
+            loss=loss,
+            evaluate=evaluate,
+            config=config,
+            on_epoch=epoch_done,
+        )
+    return TrainedNet(net, result, monitor)
 
 
 def net_logits(net: FraudNet, rows: EncodedRows) -> NDArray[np.float64]:

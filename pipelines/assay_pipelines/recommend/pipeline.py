@@ -23,6 +23,7 @@ from assay_platform.models.recommender import (
     Recommender,
     item_facts,
 )
+from assay_platform.moe import RoutingMonitor
 from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
 
@@ -46,7 +47,14 @@ from assay_pipelines.recommend.train import (
     train_encoder,
     train_ranker,
 )
-from assay_pipelines.tracking import champion_metric, open_registry, register_version, run_search, tracked_run
+from assay_pipelines.tracking import (
+    champion_metric,
+    log_routing,
+    open_registry,
+    register_version,
+    run_search,
+    tracked_run,
+)
 
 MAX_ITEMS = 8000
 _NUM_FOLDS, _NUM_SNAPSHOTS = 5, 4
@@ -217,6 +225,8 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             metrics={f"validation.ndcg_at_10.{name.replace(' ', '_')}": value for name, value in measured.items()},
         )
         chosen = candidates[best]
+        if chosen.routing is not None:
+            log_routing(run, chosen.routing)
 
         def refitted(graph: sp.csr_matrix, rows: Rows) -> Recommender:
             features = prepared.store_features(rows, every_day=False)
@@ -294,7 +304,7 @@ class _Ranking(NamedTuple):
 
     config: RankerConfig
     ranker: PairRanker
-    used: bool
+    routing: RoutingMonitor | None  # of its training; None if it is not used
 
 
 def _train_rankers(
@@ -320,14 +330,14 @@ def _train_rankers(
             seed=options.seed,
             on_progress=stage.update,
         )
-    rankings = {"graph": _Ranking(plain, PairRanker(plain), used=False)}
+    rankings = {"graph": _Ranking(plain, PairRanker(plain), None)}
     for name, config in (("MoE", plain), ("MoE with store features", full)):
         with reporter.stage("train", f"Train the {name[:3]} ranker") as stage:
             stage.update(0.0, name)
-            ranker = train_ranker(
+            ranker, routing = train_ranker(
                 snapshots, config, seed=options.seed, training=RankerTraining(), on_progress=stage.update
             )
-        rankings[name] = _Ranking(config, ranker, used=True)
+        rankings[name] = _Ranking(config, ranker, routing)
     return rankings
 
 
@@ -343,7 +353,7 @@ def _recommender(
         facts=prepared.facts,
         store_features_IF=np.ascontiguousarray(store.values_MIF[-1]),
         repeats=prepared.schema.split.repeats,
-        use_ranker=ranking.used,
+        use_ranker=ranking.routing is not None,
     )
 
 

@@ -27,6 +27,7 @@ from assay_platform.models.recommender import (
     RankerConfig,
     top_candidates,
 )
+from assay_platform.moe import RoutingMonitor
 from assay_platform.training import TrainConfig, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
@@ -280,8 +281,8 @@ def train_ranker(
     seed: int,
     training: RankerTraining,
     on_progress: Callable[[float], None] = lambda done: None,
-) -> PairRanker:
-    """Train on held-out edges. Store features beyond what `config` has are left out."""
+) -> tuple[PairRanker, RoutingMonitor]:
+    """Train on held-out edges. Store features beyond what `config` has are left out. Routing has a report an epoch."""
     snapshots = [s._replace(side_UCS=s.side_UCS[..., : config.num_side]) for s in snapshots]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -291,8 +292,9 @@ def train_ranker(
     ranker.side_std_S.copy_(side.std(0) + 1e-6)
     ranker.vector_scale.copy_(torch.stack([snapshots[0].user_UD.std(), snapshots[0].item_ID.std()]) + 1e-9)
     usable = [s for s in snapshots if len(s.users)]
+    monitor = RoutingMonitor(ranker)
     if not usable:
-        return ranker  # nothing to learn from: the graph's order stays
+        return ranker, monitor  # nothing to learn from: the graph's order stays
 
     def batches(_: int) -> Iterator[tuple[Snapshot, Tensor]]:
         for _step in range(_STEPS_AN_EPOCH):
@@ -301,18 +303,24 @@ def train_ranker(
             yield snapshot, snapshot.users[pick]
 
     num_epochs = max(1, training.num_steps // _STEPS_AN_EPOCH)
-    fit(
-        ranker,
-        batches=batches,
-        num_batches=_STEPS_AN_EPOCH,
-        loss=lambda batch: _list_loss(ranker, *batch, training, generator),
-        evaluate=None,
-        config=TrainConfig(
-            num_epochs=num_epochs, learning_rate=training.learning_rate, weight_decay=training.weight_decay
-        ),
-        on_epoch=lambda epoch, _: on_progress(epoch / num_epochs),
-    )
-    return ranker
+
+    def epoch_done(epoch: int, _: float) -> None:
+        monitor.metrics()
+        on_progress(epoch / num_epochs)
+
+    with monitor:
+        fit(
+            ranker,
+            batches=batches,
+            num_batches=_STEPS_AN_EPOCH,
+            loss=lambda batch: _list_loss(ranker, *batch, training, generator),
+            evaluate=None,
+            config=TrainConfig(
+                num_epochs=num_epochs, learning_rate=training.learning_rate, weight_decay=training.weight_decay
+            ),
+            on_epoch=epoch_done,
+        )
+    return ranker, monitor
 
 
 def _snapshot(

@@ -183,6 +183,7 @@ class FraudModel:
         target_fpr: float = 0.003,
     ) -> None:
         self._net = net.eval().requires_grad_(False)
+        self.fences = net.backbone.guard()  # an expert that fails is left out, the others answer
         self._encoder = encoder
         self._config = config
         self._reference_GP = reference_GP

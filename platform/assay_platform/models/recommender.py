@@ -212,6 +212,7 @@ class Recommender:
         The ranker takes the first `config.num_store_features` of them.
         """
         self._ranker = ranker.eval().requires_grad_(False)
+        self.fences = ranker.backbone.guard()  # an expert that fails is left out, the others answer
         self._config = config
         self.items = tuple(items)
         self._users = tuple(users)

@@ -7,12 +7,13 @@ the head they put on top.
 # N rows, D model width, I input width
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from assay_platform.errors import ConfigError
+from assay_platform.moe.fences import Fences
 from assay_platform.moe.layer import MoELayer
 from assay_platform.moe.router import ROUTERS
 
@@ -72,6 +73,10 @@ class Backbone(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.final_norm = nn.LayerNorm(config.width)
+
+    def guard(self, **options: Any) -> tuple[Fences, ...]:
+        """Fence off experts that fail, in every layer; see `MoELayer.guard`."""
+        return tuple(layer.guard(**options) for layer in self.layers if isinstance(layer, MoELayer))
 
     def forward(self, x_NI: Tensor) -> BackboneOutput:
         """Run a batch."""

@@ -150,8 +150,12 @@ class LoadForecast(LoadFactor):
         return (self.errors[2] >= 50) & (self.errors[0] < self.errors[1])
 
     def steer(self) -> Tensor:
-        """Against the excess that is to come."""
-        return -self.strength * (torch.where(self._active(), self.forecast_E, self.factor_E) - 1.0)
+        """Against the running mean as it will be after the next step.
+
+        Steering against the forecast itself would make the load swing, the forecast learn the swing, and stay right.
+        """
+        ahead_E = self.factor_E.lerp(self.forecast_E, 1.0 - self.smoothing)
+        return -self.strength * (torch.where(self._active(), ahead_E, self.factor_E) - 1.0)
 
     def observe(self, load_E: Tensor, choices_a_row: Tensor) -> None:
         """Judge the last forecast, learn from it, make the next."""

@@ -65,6 +65,14 @@ class _Sums:
         )
 
 
+def _numbers(name: str, report: LayerReport) -> dict[str, float]:
+    numbers = {
+        f"moe.{name}.{key}": float(getattr(report, key))
+        for key in ("utilisation", "imbalance", "entropy", "overflow", "choices")
+    }
+    return numbers | {f"moe.{name}.load.{e}": load for e, load in enumerate(report.load_E)}
+
+
 class RoutingMonitor:
     """Listens to all MoE layers of a module while it is open."""
 
@@ -105,10 +113,7 @@ class RoutingMonitor:
         for name, sums in self._sums.items():
             report = sums.report()
             self.history[name].append(report)
-            for key in ("utilisation", "imbalance", "entropy", "overflow", "choices"):
-                numbers[f"moe.{name}.{key}"] = getattr(report, key)
-            for e, load in enumerate(report.load_E):
-                numbers[f"moe.{name}.load.{e}"] = load
+            numbers |= _numbers(name, report)
             if report.utilisation < _COLLAPSED and name not in self._warned:
                 self._warned.add(name)
                 busiest = max(range(len(report.load_E)), key=report.load_E.__getitem__)
@@ -119,6 +124,15 @@ class RoutingMonitor:
                 )  # fmt: skip
         self._sums.clear()
         return numbers
+
+    def series(self) -> dict[str, list[float]]:
+        """All reports so far as one list a metric, named as in `metrics`."""
+        out: dict[str, list[float]] = {}
+        for name, reports in self.history.items():
+            for report in reports:
+                for key, value in _numbers(name, report).items():
+                    out.setdefault(key, []).append(value)
+        return out
 
     def plot(self, path: Path) -> None:
         """Load of every expert over reports, and utilisation and imbalance beside it, a row a layer, as a PNG."""

@@ -206,6 +206,24 @@ class MoELayer(nn.Module):
         for expert in chosen:
             self.pool[expert].requires_grad_(True)
 
+    def isolate(self, selected: Iterable[int]) -> None:
+        """Pre-training: only these experts are chosen and learn. Make the optimizer after this: no other gets state.
+
+        The rest keeps its weights until `open_all`. With all experts selected nothing changes.
+        """
+        kept = {self._checked(expert) for expert in selected}
+        closed = [expert for expert in range(self.num_experts) if expert not in kept]
+        if len(kept) < self.router.top_k:
+            raise InputError(f"{self._name}: {len(kept)} experts are selected; a row needs {self.router.top_k}")
+        self.freeze(closed)
+        self.router.close(closed)
+
+    def open_all(self) -> None:
+        """Fine-tuning: every expert learns, those that were closed come in as new ones do; make a new optimizer."""
+        for expert in self.pool:
+            expert.requires_grad_(True)
+        self.router.open()
+
     def place(self, expert: int, device: torch.device | str) -> None:
         """Keep an expert on a device; rows go there and results come back."""
         self.pool[self._checked(expert)].to(device)

@@ -192,7 +192,8 @@ ROUTERS: dict[str, tuple[Callable[[int, int, int], Scores], Callable[[int, int],
     "sigmoid-bias": (SigmoidScores, SelectionBias),
     "load-factor": (SoftmaxScores, LoadFactor),
     "load-aware": (SoftmaxScores, LoadForecast),
-    "centroid": (CentroidScores, SelectionBias),
+    # Centroids move with what they serve, so the bias has to be faster than they are.
+    "centroid": (CentroidScores, lambda num_experts, top_k: SelectionBias(num_experts, top_k, rate=0.01)),
     "two-stage": (TwoStageScores, AuxiliaryLoss),
     "relu": (ReLUScores, SparsityControl),
 }
@@ -201,7 +202,7 @@ ROUTERS: dict[str, tuple[Callable[[int, int, int], Scores], Callable[[int, int],
 class Router(nn.Module):
     """Chooses experts for every row and keeps them evenly busy."""
 
-    newcomer_E: Tensor  # 1 for a new expert, 0 for one that competes as all others
+    newcomer_E: Tensor  # 1 for a new expert, 0 for one that competes as all others, infinite for one that is closed
     _seen_E1: Tensor  # choices of every expert, then the number of rows, since the last step
 
     def __init__(self, name: str, width: int, num_experts: int, top_k: int) -> None:
@@ -288,6 +289,18 @@ class Router(nn.Module):
                 self.newcomer_E.sub_(1.0 / _NEWCOMER_STEPS).clamp_min_(0.0)
                 self._newcomers = None
         self._seen_E1.zero_()
+
+    @torch.no_grad()
+    def close(self, experts: Sequence[int]) -> None:
+        """Nobody chooses these until `open`."""
+        for expert in experts:
+            self.newcomer_E[expert] = torch.inf
+        self._newcomers = None
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Closed experts become new ones."""
+        self.newcomer_E.clamp_max_(1.0)
 
     @torch.no_grad()
     def rearrange(self, experts: Sequence[int], *, newcomers: Sequence[int] = ()) -> None:

@@ -1,13 +1,17 @@
 """Prometheus metrics of one scoring process. Every instance has a registry of its own, so tests do not collide."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from assay_platform.storage.tiered import TieredStore
+
+if TYPE_CHECKING:
+    from assay_platform.moe.fences import Fences
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -50,9 +54,30 @@ class ServiceMetrics:
         """Show the tiers of feature stores: hits, moves and bytes. stores: name → store, asked at every scrape."""
         self.registry.register(_TierCollector(stores))
 
+    def watch_experts(self, models: Callable[[], Mapping[str, Sequence["Fences"]]]) -> None:
+        """Show experts that failed. models: application → the fences of its model's layers, asked at every scrape."""
+        self.registry.register(_ExpertCollector(models))
+
     def render(self) -> bytes:
         """The text that a Prometheus server scrapes."""
         return generate_latest(self.registry)
+
+
+class _ExpertCollector(Collector):
+    """Reads what fences count when Prometheus asks."""
+
+    def __init__(self, models: Callable[[], Mapping[str, Sequence["Fences"]]]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        fenced = GaugeMetricFamily("assay_experts_fenced", "Experts that are left out", labels=["application", "layer"])
+        failures = CounterMetricFamily("assay_expert_failures", "Failures of experts", labels=["application", "layer"])
+        for application, layers in self._models().items():
+            for number, fences in enumerate(layers):
+                fenced.add_metric([application, str(number)], len(fences.fenced()))
+                failures.add_metric([application, str(number)], fences.num_failures)
+        yield fenced
+        yield failures
 
 
 class _TierCollector(Collector):

@@ -1,7 +1,8 @@
 """Runs in MLflow: parameters, metrics, tags, and nested runs for the trials of a search."""
 
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from mlflow.entities import Metric, Param
 
 from assay_platform.tracking.client import open_client
 
-_PARAM_LIMIT = 500
+_PARAM_LIMIT, _BATCH_LIMIT = 500, 1000
 
 
 class RunLog:
@@ -53,6 +54,19 @@ class RunLog:
         """Record a metric once an epoch."""
         now = int(time.time() * 1000)
         self._client.log_batch(self.run_id, [Metric(name, v, now, step) for step, v in enumerate(values, start=1)])
+
+    def log_history(self, history: Mapping[str, list[float]]) -> None:
+        """Record many metrics once an epoch."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, v, now, step) for name, values in history.items() for step, v in enumerate(values, 1)]
+        for start in range(0, len(metrics), _BATCH_LIMIT):
+            self._client.log_batch(self.run_id, metrics[start : start + _BATCH_LIMIT])
+
+    def log_figure(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Attach a figure to the run. draw: writes it to a path."""
+        with tempfile.TemporaryDirectory() as folder:
+            draw(Path(folder) / name)
+            self._client.log_artifact(self.run_id, str(Path(folder) / name))
 
     def log_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Attach a JSON document to the run."""
