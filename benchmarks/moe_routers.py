@@ -7,7 +7,7 @@ row (3 experts that all rows share). Nothing is chosen by looking at the test pa
 defaults of the routers. Balance is that of the last epoch, over training batches, mean over layers; 'served' is what
 experts with room for 1.25 times their even share would take.
 
-    assay bench moe_routers [--json] [--seeds N] [--only fraud|recommend]
+    assay bench moe_routers [--json] [--seeds N] [--only fraud|recommend] [--plot FILE.png: only the load over time]
 """
 
 import statistics
@@ -214,6 +214,24 @@ class Recommend:
         return Outcome(quality, *balance_of(monitor), float("nan"))
 
 
+def plot(path: Path) -> None:
+    """Load of experts over a training without balance and one with the auxiliary loss."""
+    task = Fraud()
+    nets = nn.ModuleDict({name: task.net(name, 0) for name in ("unbalanced", "softmax")})
+    with RoutingMonitor(nets) as monitor:
+        for name, net in nets.items():
+            assert isinstance(net, FraudNet), name
+            optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, fused=True)
+            for step in range(300):
+                batch = task.train.take(torch.randint(len(task.train), (BATCH,)))
+                optimizer.zero_grad()
+                task.loss(net.train(), batch).backward()
+                optimizer.step()
+                if step % 10 == 9:
+                    monitor.metrics()
+    monitor.plot(path)
+
+
 def option(name: str, default: str) -> str:
     """The word after an option."""
     return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
@@ -223,6 +241,9 @@ def main() -> None:
     """Train them all."""
     seeds = range(int(option("--seeds", str(SEEDS))))
     only = option("--only", "")
+    if "--plot" in sys.argv:
+        plot(Path(option("--plot", "")))
+        return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         tasks: list[Fraud | Recommend] = []

@@ -604,6 +604,54 @@ def test_the_monitor_counts_what_routers_chose_and_warns_of_collapse(
     assert caplog.text.count("experts collapse") == 2
 
 
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_layer_on_a_gpu_gives_what_it_gives_on_a_cpu(router: str) -> None:
+    torch.manual_seed(0)
+    here = trained(MoELayer(32, 16, 6, 2, router=router), steps=10)
+    there = copy.deepcopy(here).cuda()
+    x = torch.randn(200, 32)
+    for layer, rows in ((here, x.clone().requires_grad_()), (there, x.cuda().requires_grad_())):
+        layer.zero_grad()
+        out = layer(rows)
+        (out.y_ND.square().mean() + out.balance_loss).backward()
+        layer.router.after_step()
+    for (name, a), (_, b) in zip(here.named_parameters(), there.named_parameters(), strict=True):
+        if a.grad is None:
+            assert b.grad is None or not b.grad.any(), name
+        else:
+            torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for (name, a), (_, b) in zip(here.named_buffers(), there.named_buffers(), strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-4, msg=name)
+    with torch.inference_mode():
+        torch.testing.assert_close(there.eval()(x.cuda()).y_ND.cpu(), here.eval()(x).y_ND, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_experts_live_on_different_devices_and_capacity_is_bounded_on_a_gpu(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(32, 16, 6, 2).cuda()
+    x = torch.randn(100, 32, device="cuda")
+    expected = layer(x).y_ND
+    layer.capacity = ElasticCapacity(CapacityConfig(factor=6.0))
+    torch.testing.assert_close(layer(x).y_ND, expected, rtol=1e-3, atol=1e-4)
+    layer.capacity = None
+    layer.place(2, "cpu")
+    y = layer(x).y_ND
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
+    y.square().mean().backward()
+    assert layer.pool[2].w_in_DF.grad is not None
+    assert layer.pool[2].w_in_DF.grad.device.type == "cpu"
+    other = MoELayer(32, 16, 6, 2)
+    load_weights(other, layer.state_dict(), tmp_path)
+    torch.testing.assert_close(other(x.cpu()).y_ND, expected.cpu(), rtol=1e-3, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ embeddings
 
 

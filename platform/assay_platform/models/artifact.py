@@ -23,7 +23,7 @@ from torch import Tensor
 from assay_platform.errors import ArtifactError
 from assay_platform.storage import write_bytes, write_json
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
