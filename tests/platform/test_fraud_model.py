@@ -8,9 +8,12 @@ import pytest
 import torch
 from assay_platform.errors import ArtifactError, InputError
 from assay_platform.models.calibration import PlattCalibration, fit_platt, sigmoid, threshold_at_fpr
+from assay_platform.models.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
 from assay_platform.models.explain import integrated_gradients
 from assay_platform.models.fraud import FraudModel, FraudNet, FraudNetConfig, fit_encoder, mean_embedding
 from assay_platform.moe import BackboneConfig, MoELayer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def columns(num_rows: int = 200) -> dict[str, object]:
@@ -161,3 +164,28 @@ def test_a_payment_is_scored_while_an_expert_is_lost_and_operators_see_it(model:
     for expert in range(3):
         layer.restore(expert, weights[expert])
     np.testing.assert_array_equal(model.score(rows).probability, healthy)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+def test_piecewise_linear_encoding_keeps_order(values: list[float]) -> None:
+    edges = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.linspace(0, 1, 9, dtype=torch.float64))
+    embedding = PiecewiseLinearEmbedding(edges.float().unsqueeze(0), 1)
+    torch.nn.init.ones_(embedding.weight_FBP)
+    embedding.weight_FBP.data[:, -1] = 0.0  # the bin for missing values
+    ordered = embedding(torch.tensor(sorted(values)).float().unsqueeze(1)).flatten()
+    assert (ordered.diff() >= -1e-4).all()
+
+
+def test_missing_infinite_and_constant_numbers_stay_finite() -> None:
+    edges = torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
+    embedding = PiecewiseLinearEmbedding(edges, 4)
+    out = embedding(torch.tensor([[float("nan"), 5.0], [3e38, -3e38], [0.5, float("nan")]]))
+    assert out.isfinite().all()
+    assert not torch.equal(out[0, 0], out[2, 0])
+
+
+def test_categories_of_different_columns_do_not_share_rows() -> None:
+    embedding = CategoricalEmbedding((3, 2), 4)
+    out = embedding(torch.tensor([[0, 0], [2, 1]]))
+    assert len({tuple(v.tolist()) for v in out.flatten(0, 1)}) == 4

@@ -13,11 +13,9 @@ from assay_platform.moe import (
     Backbone,
     BackboneConfig,
     CapacityConfig,
-    CategoricalEmbedding,
     Expert,
     ExpertSpec,
     MoELayer,
-    PiecewiseLinearEmbedding,
     Router,
     Routing,
     RoutingMonitor,
@@ -650,34 +648,6 @@ def test_experts_live_on_different_devices_and_capacity_is_bounded_on_a_gpu(tmp_
     other = MoELayer(32, 16, 6, 2)
     load_weights(other, layer.state_dict(), tmp_path)
     torch.testing.assert_close(other(x.cpu()).y_ND, expected.cpu(), rtol=1e-3, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------ embeddings
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
-def test_piecewise_linear_encoding_keeps_order(values: list[float]) -> None:
-    edges = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.linspace(0, 1, 9, dtype=torch.float64))
-    embedding = PiecewiseLinearEmbedding(edges.float().unsqueeze(0), 1)
-    torch.nn.init.ones_(embedding.weight_FBP)
-    embedding.weight_FBP.data[:, -1] = 0.0  # the bin for missing values
-    ordered = embedding(torch.tensor(sorted(values)).float().unsqueeze(1)).flatten()
-    assert (ordered.diff() >= -1e-4).all()
-
-
-def test_missing_infinite_and_constant_numbers_stay_finite() -> None:
-    edges = torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
-    embedding = PiecewiseLinearEmbedding(edges, 4)
-    out = embedding(torch.tensor([[float("nan"), 5.0], [3e38, -3e38], [0.5, float("nan")]]))
-    assert out.isfinite().all()
-    assert not torch.equal(out[0, 0], out[2, 0])
-
-
-def test_categories_of_different_columns_do_not_share_rows() -> None:
-    embedding = CategoricalEmbedding((3, 2), 4)
-    out = embedding(torch.tensor([[0, 0], [2, 1]]))
-    assert len({tuple(v.tolist()) for v in out.flatten(0, 1)}) == 4
 
 
 @pytest.mark.parametrize("change", [{"width": 0}, {"top_k": 9}, {"dropout": 1.0}, {"router": "x"}, {"num_shared": -1}])

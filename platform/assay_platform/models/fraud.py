@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from assay_platform.errors import ArtifactError, InputError
 from assay_platform.models.artifact import load_artifact, load_weights, save_artifact
 from assay_platform.models.calibration import PlattCalibration, sigmoid
+from assay_platform.models.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
 from assay_platform.models.explain import integrated_gradients
-from assay_platform.moe import Backbone, BackboneConfig, CategoricalEmbedding, PiecewiseLinearEmbedding
+from assay_platform.moe import Backbone, BackboneConfig
 
 Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
 _SCORING_CHUNK = 8192

@@ -2,7 +2,6 @@
 
 from assay_platform.moe.backbone import Backbone, BackboneConfig
 from assay_platform.moe.capacity import CapacityConfig
-from assay_platform.moe.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
 from assay_platform.moe.experts import Expert, ExpertSpec
 from assay_platform.moe.instruments import RoutingMonitor
 from assay_platform.moe.layer import MoELayer
@@ -13,11 +12,9 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "CapacityConfig",
-    "CategoricalEmbedding",
     "Expert",
     "ExpertSpec",
     "MoELayer",
-    "PiecewiseLinearEmbedding",
     "Router",
     "Routing",
     "RoutingMonitor",
