@@ -116,6 +116,11 @@ def large(dense: float) -> list[dict[str, Any]]:
     rows = []
     for name, work, share in (("forward", forward, 1), ("forward and backward", step, 3)):
         ours_out, ours = work(expert_swiglu), timed(lambda work=work: work(expert_swiglu))
+        graph = timed(captured(lambda work=work: work(expert_swiglu)))
+        rows.append(
+            row(f"{LARGE:,} rows, {name}, one graph, of the dense rate", share * flops / median(graph) / dense, "",
+                limit=1.0, limit_name="dense product", higher_is_better=True, spread=spread(graph), runs=RUNS)
+        )  # fmt: skip
         for peer, layer in peers.items():
             for a, b in zip(ours_out, work(layer), strict=True):
                 equal(a, b)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assay_platform.errors import ConfigError, InputError
+from assay_platform.errors import ConfigError, InputError, WorkError
 from assay_platform.models.artifact import load_weights
 from assay_platform.moe import (
     ROUTERS,
@@ -161,7 +161,13 @@ def test_serving_a_small_batch_gives_what_training_gives_and_follows_every_chang
     twin.load_state_dict(layer.state_dict())
     with torch.inference_mode():
         assert torch.equal(twin(x).y_ND, layer(x).y_ND)
+    layer.isolate([0, 2, 3])
+    assert same()
+    layer.open_all()
+    assert same()
     layer.replace(0, Expert(8, ExpertSpec(hidden=3, kind="gelu")))
+    assert same()
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
     assert same()
     layer.double().float()
     assert same()
@@ -355,16 +361,22 @@ def test_spares_come_under_load_and_go_back_when_it_is_over() -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_trained_layer_grows_without_a_change_of_its_function(router: str) -> None:
     torch.manual_seed(0)
-    layer = trained(MoELayer(8, 8, 4, 2, router=router), steps=40).eval()
+    layer = trained(MoELayer(8, 8, 9, 3, router=router), steps=40).eval()
+    for parameter in layer.router.scores.parameters():
+        torch.nn.init.normal_(parameter)  # far from even
     x = torch.randn(50, 8)
     before = layer(x).y_ND
-    assert layer.add(like=2) == 4
-    assert layer.add(like=0, spec=ExpertSpec(hidden=3, kind="gelu")) == 5
+    assert layer.add(like=2) == 9
+    assert layer.add(like=0, spec=ExpertSpec(hidden=3, kind="gelu")) == 10
     torch.testing.assert_close(layer(x).y_ND, before)
+    layer.router.train()(x)
+    layer.router.after_step()
+    layer.eval()
+    assert (layer(x).y_ND - before).abs().mean() < 0.02  # they come in little by little
     trained(layer, steps=260)
     chosen = set(layer(torch.randn(2000, 8)).routing.expert_NK.flatten().tolist())
-    newcomers = {4, 5} & chosen
-    assert newcomers == {4, 5} or (router == "relu" and newcomers)  # an L1 loss may close a gate for good
+    newcomers = {9, 10} & chosen
+    assert newcomers == {9, 10} or (router == "relu" and newcomers)  # an L1 loss may close a gate for good
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -416,9 +428,11 @@ def test_frozen_experts_keep_their_weights_and_train_only_trains_nothing_else() 
     assert changed == {"pool.experts.3.w_in_DF", "pool.experts.3.w_out_HD"}
 
 
-def test_isolated_pre_training_touches_selected_experts_alone_and_fine_tuning_opens_all() -> None:
+@pytest.mark.parametrize("router", ["softmax", "sigmoid-bias", "load-aware"])
+def test_isolated_pre_training_touches_selected_experts_alone_and_fine_tuning_opens_all(router: str) -> None:
     torch.manual_seed(0)
-    layer = MoELayer(8, 8, 6, 2)
+    layer = MoELayer(8, 8, 6, 2, router=router)
+    layer.isolate([1, 3, 4])  # another mind
     layer.isolate([0, 2, 5])
     before = copy.deepcopy(layer.state_dict())
     trained(layer, steps=300)
@@ -432,8 +446,57 @@ def test_isolated_pre_training_touches_selected_experts_alone_and_fine_tuning_op
     torch.testing.assert_close(layer(x).y_ND, out.y_ND)
     trained(layer, steps=260)
     assert set(layer.eval()(x).routing.expert_NK.flatten().tolist()) == set(range(6))
+    load = torch.bincount(layer(x).routing.expert_NK.flatten(), minlength=6) / 400
+    assert load[[0, 2, 5]].sum() > 0.25  # those that were trained first still have work
     with pytest.raises(InputError, match="a row needs 2"):
         layer.isolate([1])
+
+
+def test_experts_that_no_row_chose_get_no_gradient_even_from_one_product() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(8, 8, 6, 1, capacity=CapacityConfig(factor=6.0))
+    torch.nn.init.zeros_(layer.router.scores.weight_ED)
+    out = layer(torch.randn(30, 8))
+    out.y_ND.sum().backward()
+    assert all(layer.pool[e].w_in_DF.grad is not None for e in range(6))  # zeros
+    layer.drop_unchosen_gradients()
+    kept = {e for e in range(6) if layer.pool[e].w_in_DF.grad is not None}
+    assert kept == set(out.routing.expert_NK.flatten().tolist())
+    assert len(kept) == 1
+
+
+def test_a_layer_with_fewer_open_experts_than_a_row_wants_chooses_those_alone() -> None:
+    layer = MoELayer(8, 8, 2, 2).eval()
+    layer.add(like=0)
+    layer.remove(0)
+    x = torch.randn(20, 8)
+    routing = layer(x).routing
+    assert set(routing.expert_NK.flatten().tolist()) == {0, -1}
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x).y_ND, obvious_layer(layer, x, routing))
+
+
+def test_a_change_that_bounded_capacity_does_not_take_leaves_the_layer_as_it_was() -> None:
+    layer = MoELayer(8, 8, 4, 2, capacity=CapacityConfig(factor=4.0))
+    x = torch.randn(20, 8)
+    before = layer(x).y_ND
+    for change in (
+        lambda: layer.add(like=0, spec=ExpertSpec(hidden=3)),
+        lambda: layer.replace(0, Expert(8, ExpertSpec(hidden=3))),
+        lambda: layer.place(0, "cpu"),
+    ):
+        with pytest.raises(ConfigError, match="bounded capacity"):
+            change()
+    assert torch.equal(layer(x).y_ND, before)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_layer_takes_the_shape_of_any_checkpoint(router: str) -> None:
+    torch.manual_seed(0)
+    small, large = MoELayer(8, 8, 4, 2, router=router).eval(), MoELayer(8, 8, 9, 2, router=router).eval()
+    small.load_state_dict(large.state_dict())
+    x = torch.randn(30, 8)
+    assert torch.equal(small(x).y_ND, large(x).y_ND)
 
 
 def test_a_replaced_expert_answers_for_the_same_rows() -> None:
@@ -519,6 +582,66 @@ def test_a_failing_expert_is_fenced_off_and_all_rows_are_answered(fault: str, ca
     assert torch.equal(layer(x).y_ND, healthy.y_ND)
 
 
+def test_fences_follow_their_experts_and_guarded_layers_are_copied() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(8, 8, 4, 2).eval()
+    fences = layer.guard()
+    layer.pool[3].w_out_HD.data.fill_(float("nan"))
+    x = torch.randn(60, 8)
+    layer(x)
+    assert [fence.expert for fence in fences.fenced()] == [3]
+    twin = copy.deepcopy(layer)
+    layer.remove(0)
+    assert [fence.expert for fence in fences.fenced()] == [2]
+    assert layer(x).y_ND.isfinite().all()
+    assert fences.num_failures == 1
+    layer.remove(2)
+    assert not fences.fenced()
+    assert layer(x).y_ND.isfinite().all()
+    assert layer.guard() is fences
+    assert [fence.expert for fence in twin.fences.fenced()] == [3]  # type: ignore[union-attr]
+    assert twin(x).y_ND.isfinite().all()
+
+
+def test_a_shared_expert_has_no_substitute() -> None:
+    layer = MoELayer(8, 8, 4, 2).eval()
+    layer.guard()
+    layer.pool[4].w_out_HD.data.fill_(float("nan"))
+    with pytest.raises(WorkError, match="shared expert"):
+        layer(torch.randn(5, 8))
+
+
+def test_many_threads_serve_one_layer() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    torch.manual_seed(0)
+    layer = MoELayer(8, 8, 6, 2).eval()
+    x = torch.randn(20, 8)
+    expected = layer(x).y_ND
+
+    def serve(_: int) -> Tensor:
+        with torch.inference_mode():
+            return layer(x).y_ND
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(serve, range(64)))
+    for y in answers:
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    layer.pool[0].w_out_HD.data.zero_()
+    torch.testing.assert_close(serve(0), layer(x).y_ND, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other_in_serving() -> None:
+    layer = MoELayer(8, 8, 6, 2).eval()
+    x = torch.randn(5, 8)
+    clean = layer(x).y_ND
+    x[2, 1] = float("nan")
+    with torch.inference_mode():
+        y = layer(x).y_ND
+    torch.testing.assert_close(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]], rtol=1e-4, atol=1e-5)
+    assert not y[2].isfinite().all()
+
+
 def test_serving_fences_off_an_expert_whose_weights_went_bad() -> None:
     torch.manual_seed(0)
     layer = trained(MoELayer(8, 8, 4, 2)).eval()
@@ -595,7 +718,7 @@ def test_the_monitor_counts_what_routers_chose_and_warns_of_collapse(
     with caplog.at_level(logging.WARNING), RoutingMonitor(backbone.train()) as monitor, torch.no_grad():
         for layer in backbone.layers:
             layer.router.scores.weight_ED[0] = 100.0  # type: ignore[union-attr, operator, index]
-            layer.router.top_k = layer.router.scores.num_slots = 1  # type: ignore[union-attr, assignment]
+            layer.router.scores.top_k = 1  # type: ignore[union-attr, assignment]
         backbone(torch.full((64, 5), 1.0))
         monitor.metrics()
         monitor.metrics()

@@ -169,7 +169,7 @@ class CompiledLayer:
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y (T, D), the chosen experts (T, K) and their gates."""
-        x = (x_TD if x_TD.is_contiguous() else x_TD.contiguous()).numpy()
+        x = x_TD.detach().contiguous().numpy()
         T = len(x)
         expert, gate = np.empty((T, self._top_k), np.int64), np.empty((T, self._top_k), np.float32)
         y = np.empty(x.shape, np.float32)

@@ -201,5 +201,6 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 
 def layer_norm_gelu_residual(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, residual_ND: Tensor, eps: float) -> Tensor:
     """See `norm.layer_norm_gelu_residual`."""
-    y: Tensor = _forward(x_ND.contiguous(), weight_D, bias_D, residual_ND.contiguous(), eps)[0]
+    x_ND, weight_D, bias_D, residual_ND = (t.contiguous() for t in (x_ND, weight_D, bias_D, residual_ND))
+    y: Tensor = _forward(x_ND, weight_D, bias_D, residual_ND, eps)[0]
     return y

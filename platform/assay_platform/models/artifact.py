@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from assay_platform.errors import ArtifactError
+from assay_platform.errors import ArtifactError, ConfigError
 from assay_platform.storage import write_bytes, write_json
 
 FORMAT = 2
@@ -100,5 +100,5 @@ def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], folder:
     """Copy tensors into a module; every name and shape has to match."""
     try:
         module.load_state_dict(dict(tensors), strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, ConfigError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder}: weights do not fit the config: {error}") from error

@@ -257,7 +257,7 @@ class Recommender:
     ) -> tuple[Index, Floats]:
         """Top `num` items (N, num) and their scores for N histories, full ranking: no item is left out unseen.
 
-        Items beyond the ranker's candidates follow after them in the graph's order.
+        The ranker orders the graph's best, at least `num` of them. Excluded items come last, with a score of -inf.
         """
         store_IF = self.store_features_IF if store_features_IF is None else store_features_IF
         tops, values = [], []
@@ -289,6 +289,9 @@ class Recommender:
                 torch.from_numpy(side),
             )
         final_NC = logits.numpy()
+        if excluded is not None:  # where few items are left, excluded ones are among the candidates
+            rows = np.arange(len(candidates_NC))[:, None]
+            final_NC = np.where(excluded[rows, candidates_NC].toarray() != 0, -np.inf, final_NC)
         order = np.argsort(-final_NC, axis=1, kind="stable")[:, :num]
         return np.take_along_axis(candidates_NC, order, axis=1), np.take_along_axis(final_NC, order, axis=1)
 

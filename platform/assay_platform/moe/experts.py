@@ -4,14 +4,15 @@
              gelu     gelu(x W_in) W_out
     columns  a slice of the input that the expert reads, for experts of one feature; all of it if there is none
 
-Experts of one pool may differ in kind and size. One that no row chose in a step gets no gradient at all (None, not
-zeros), so optimizers skip it and make no state for it: training touches selected experts only, see `TrainConfig`.
+Experts of one pool may differ in kind and size. Run one by one, those that no row chose get no gradient at all (None,
+not zeros), so optimizers skip them; one product over all gives zeros, see `MoELayer.drop_unchosen_gradients`.
 Changes to the pool go through `MoELayer`, which keeps the router in step.
 """
 
 # N rows, K chosen, M rows of one expert, D model width, E experts, H hidden width, F = 2 H: gate columns, up columns
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from torch.nn.functional import gelu, silu
 from assay_platform.errors import ConfigError
 from assay_platform.kernels.experts import compilable, expert_swiglu, fits_compiled
 from assay_platform.moe.router import Routing
+
+_BUILDING = threading.RLock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,13 @@ class Expert(nn.Module):
         return (silu(gate_MH) * up_MH) @ self.w_out_HD
 
 
+def alike(experts: Sequence[Expert]) -> bool:
+    """Whether all are SwiGLU of one size, over all columns, on one device."""
+    first = experts[0]
+    same, device = ExpertSpec(hidden=first.spec.hidden), first.w_in_DF.device
+    return all(e.spec == same and e.w_in_DF.device == device for e in experts)
+
+
 class ExpertPool(nn.Module):
     """Runs every chosen (row, expert) pair; nothing is dropped. The last `num_always` experts run for every row.
 
@@ -98,10 +108,7 @@ class ExpertPool(nn.Module):
     def uniform(self) -> bool:
         """Whether one product over a block of weights can run them all."""
         if self._uniform is None:
-            first = self[0]
-            same = ExpertSpec(hidden=first.spec.hidden)
-            device = first.w_in_DF.device
-            self._uniform = all(e.spec == same and e.w_in_DF.device == device for e in self)
+            self._uniform = alike(list(self))
         return self._uniform
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
@@ -147,21 +154,26 @@ class ExpertPool(nn.Module):
         return torch.zeros_like(x_ND, dtype=output_PD.dtype).index_add(0, row_P, output_PD * gate_P1)
 
     def block(self) -> tuple[Tensor, Tensor]:
-        """All weights as (E, D, F) and (E, H, D), with gradients to every expert's own where there are any."""
+        """All weights as (E, D, F) and (E, H, D), with gradients to every expert's own where there are any.
+
+        Weights that are exchanged rather than changed (`p.data = …`) need `forget_block` after it.
+        """
         if self._block is not None and not torch.is_grad_enabled():
             return self._block
         ins: list[Tensor] = [e.w_in_DF for e in self]
         outs: list[Tensor] = [e.w_out_HD for e in self]
         if torch.is_grad_enabled() and any(w.requires_grad for w in (*ins, *outs)):
             return torch.stack(ins), torch.stack(outs)
-        if self._block is None:
-            # Weights made in inference mode could not be trained any more.
-            with torch.inference_mode(False), torch.no_grad():
-                self._block = torch.stack(ins), torch.stack(outs)
-                for e, expert in enumerate(self):
-                    # A change of an expert's weights in place is a change of the block, and the other way round.
-                    expert.w_in_DF.data, expert.w_out_HD.data = self._block[0][e], self._block[1][e]
-        return self._block
+        with _BUILDING:  # serving threads share a model: one block, published when it is whole
+            if self._block is None:
+                # Weights made in inference mode could not be trained any more.
+                with torch.inference_mode(False), torch.no_grad():
+                    block = torch.stack(ins), torch.stack(outs)
+                    for e, expert in enumerate(self):
+                        # A change of an expert's weights in place is a change of the block, and the other way round.
+                        expert.w_in_DF.data, expert.w_out_HD.data = block[0][e], block[1][e]
+                self._block = block
+            return self._block
 
     def failing(self, x_ND: Tensor, routing: Routing) -> dict[int, str]:
         """Which chosen experts fail on the rows that chose them, and how; rows that are not finite prove nothing."""

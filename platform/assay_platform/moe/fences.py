@@ -7,11 +7,13 @@ the next batch may then choose it, and if it fails again it is fenced for twice 
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from assay_platform.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _LONGEST_S = 3600.0
@@ -38,6 +40,8 @@ class Fences:
         on_failure: Callable[[str, int, str], None] | None = None,
     ) -> None:
         """name: of the layer, for reports. on_failure: called with (name, expert, reason) at every failure."""
+        if not retry_after_s > 0:
+            raise ConfigError(f"retry_after_s is {retry_after_s}; it must be above 0")
         self._name, self._retry_after_s, self._clock, self._on_failure = name, retry_after_s, clock, on_failure
         self._fences: dict[int, Fence] = {}
         self._lock = threading.Lock()
@@ -52,7 +56,7 @@ class Fences:
         if not self._fences:
             return None
         now = self._clock()
-        out = [fence.expert for fence in self.fenced() if now < fence.until_s]
+        out = [fence.expert for fence in self.fenced() if now < fence.until_s and fence.expert < num_experts]
         if not out:
             return None
         allowed = torch.ones(num_experts, dtype=torch.bool)
@@ -62,9 +66,11 @@ class Fences:
     def close(self, expert: int, reason: str) -> None:
         """Fence an expert off."""
         with self._lock:
-            before = self._fences.get(expert)
+            before, now = self._fences.get(expert), self._clock()
+            if before is not None and now < before.until_s:
+                return  # another thread met the same failure
             wait_s = self._retry_after_s if before is None else min(2 * before.wait_s, _LONGEST_S)
-            self._fences[expert] = Fence(expert, reason, self._clock() + wait_s, wait_s)
+            self._fences[expert] = Fence(expert, reason, now + wait_s, wait_s)
             self.num_failures += 1
         _logger.error("%s: expert %d failed (%s); fenced off for %.0f s", self._name, expert, reason, wait_s)
         if self._on_failure is not None:
@@ -76,10 +82,23 @@ class Fences:
             if self._fences.pop(expert, None) is not None:
                 _logger.warning("%s: expert %d is restored", self._name, expert)
 
-    def settle(self) -> None:
-        """A batch went well: experts whose time is over, and which could be chosen again, count as restored."""
-        if self._fences:
-            now = self._clock()
-            for fence in self.fenced():
-                if now >= fence.until_s:
-                    self.open(fence.expert)
+    def settle(self, expert_NK: Tensor) -> None:
+        """A batch went well with these choices: experts that were tried again in it are restored."""
+        if not self._fences:
+            return
+        tried = set(expert_NK.reshape(-1).tolist())
+        for fence in self.fenced():
+            if fence.expert in tried and self._fences.get(fence.expert) is fence:
+                self.open(fence.expert)
+
+    def rearrange(self, old: Sequence[int]) -> None:
+        """Experts are now these old ones, in this order."""
+        with self._lock:
+            before = self._fences
+            self._fences = {new: before[e]._replace(expert=new) for new, e in enumerate(old) if e in before}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from assay_platform.errors import ConfigError, InputError
+from assay_platform.errors import ConfigError, InputError, WorkError
 from assay_platform.kernels.experts import fits_compiled
 from assay_platform.moe.capacity import CapacityConfig, ElasticCapacity
-from assay_platform.moe.experts import Expert, ExpertPool, ExpertSpec
+from assay_platform.moe.experts import Expert, ExpertPool, ExpertSpec, alike
 from assay_platform.moe.fences import Fences
 from assay_platform.moe.router import Router, Routing
 
@@ -64,7 +64,7 @@ class MoELayer(nn.Module):
         self.router = Router(router, width, len(specs), top_k)
         self.pool = ExpertPool(width, (*specs, *(ExpertSpec(hidden=hidden),) * num_shared), num_always=num_shared)
         self.capacity = None if capacity is None else ElasticCapacity(capacity)
-        self._check_capacity()
+        self._check_capacity(list(self.pool))
         self.fences: Fences | None = None
         self._compiled: CompiledLayer | Literal[False] | None = None  # False: not of the kind
         self._name = name
@@ -81,10 +81,11 @@ class MoELayer(nn.Module):
 
     def _run(self, x_ND: Tensor, allowed_E: Tensor | None = None) -> LayerOutput:
         if allowed_E is None and not self.training and self.capacity is None and fits_compiled(x_ND):
-            if self._compiled is None:
-                self._compiled = self._compile()
-            if self._compiled:
-                y_ND, expert_NK, gate_NK = self._compiled(x_ND)
+            compiled = self._compiled
+            if compiled is None:
+                compiled = self._compiled = self._compile()
+            if compiled:
+                y_ND, expert_NK, gate_NK = compiled(x_ND)
                 return LayerOutput(y_ND, _NOTHING, Routing(expert_NK, gate_NK, _NOTHING.expand(len(x_ND), 0)), 0.0)
         routing, loss = self.router(x_ND, allowed_E)
         if self.capacity is None:
@@ -95,13 +96,13 @@ class MoELayer(nn.Module):
     def _compile(self) -> "CompiledLayer | Literal[False]":
         """Router and experts as one call for small batches on a CPU, if they are of the kind that it takes."""
         scores = self.router.scores
-        if scores.linear is None or not self.pool.compilable():
+        if scores.linear is None or self.router.has_newcomers() or not self.pool.compilable():
             return False
         from assay_platform.kernels.experts_numba import CompiledLayer
 
         return CompiledLayer(
             scores.weight_ED, self.router.steering(), *self.pool.block(), sigmoid=scores.linear == "sigmoid",
-            top_k=min(scores.num_slots, self.num_experts), num_always=self.pool.num_always,
+            top_k=scores.num_slots(self.num_experts), num_always=self.pool.num_always,
         )  # fmt: skip
 
     def train(self, mode: bool = True) -> "MoELayer":
@@ -119,21 +120,23 @@ class MoELayer(nn.Module):
     # -------------------------------------------------------------------------------------------- failing experts
 
     def guard(self, **options: Any) -> Fences:
-        """From now on, outside of training: fence off an expert that fails, give its rows to others. See `Fences`.
+        """From now on, outside of training: fence off a routed expert that fails, others get its rows. See `Fences`.
 
-        An expert fails that raises, or gives numbers that are not finite for rows that are.
+        An expert fails that raises, or gives numbers that are not finite for rows that are. A shared expert has no
+        substitute: where one fails, the call does. Without options fences that are there stay.
         """
-        self.fences = Fences(self._name, **options)
+        if self.fences is None or options:
+            self.fences = Fences(self._name, **options)
         return self.fences
 
     def _run_guarded(self, x_ND: Tensor, fences: Fences) -> LayerOutput:
-        while True:
+        for _ in range(self.num_experts + 1):
             allowed_E = fences.allowed(self.num_experts, x_ND.device)
             failure: Exception | None = None
             try:
                 out = self._run(x_ND, allowed_E)
                 if bool(out.y_ND.isfinite().all()):
-                    fences.settle()
+                    fences.settle(out.routing.expert_NK)
                     return out
             except Exception as error:  # noqa: BLE001 - an expert may die of anything; who it was is found below
                 failure = error
@@ -141,10 +144,14 @@ class MoELayer(nn.Module):
             failing = self.pool.failing(x_ND, routing)
             for expert, reason in failing.items():
                 fences.close(expert, reason)
-            if not failing:  # no expert is to blame: the input is not finite, or the fault is elsewhere
-                if failure is not None:
-                    raise failure
+            if failure is not None and not failing:
+                raise failure
+            if not failing:  # no routed expert is to blame
+                finite_MD = x_ND[x_ND.isfinite().all(dim=1)]
+                if not bool(self.pool.always(finite_MD).isfinite().all()):
+                    raise WorkError(f"{self._name}: a shared expert gives numbers that are not finite")
                 return out
+        raise WorkError(f"{self._name}: experts fail faster than they can be fenced off")
 
     @torch.no_grad()
     def restore(self, expert: int, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -190,7 +197,9 @@ class MoELayer(nn.Module):
     def replace(self, expert: int, new: Expert) -> None:
         """Another expert in the same place, chosen for the same rows."""
         self._checked(expert)
-        self._set_experts([new if e == expert else old for e, old in enumerate(self.pool)])
+        self._set_experts(
+            [new if e == expert else old for e, old in enumerate(self.pool)], list(range(self.num_experts))
+        )
         if self.fences is not None:
             self.fences.open(expert)
 
@@ -215,21 +224,34 @@ class MoELayer(nn.Module):
         closed = [expert for expert in range(self.num_experts) if expert not in kept]
         if len(kept) < self.router.top_k:
             raise InputError(f"{self._name}: {len(kept)} experts are selected; a row needs {self.router.top_k}")
+        for expert in kept:
+            self.pool[expert].requires_grad_(True)
         self.freeze(closed)
         self.router.close(closed)
+        self._compiled = None
 
     def open_all(self) -> None:
         """Fine-tuning: every expert learns, those that were closed come in as new ones do; make a new optimizer."""
         for expert in self.pool:
             expert.requires_grad_(True)
         self.router.open()
+        self._compiled = None
+
+    @torch.no_grad()
+    def drop_unchosen_gradients(self) -> None:
+        """Before an optimizer step: experts that no row chose since the last one get none instead of zeros."""
+        for expert, count in enumerate(self.router.choices().tolist()):
+            if not count:
+                for parameter in self.pool[expert].parameters():
+                    parameter.grad = None
 
     def place(self, expert: int, device: torch.device | str) -> None:
         """Keep an expert on a device; rows go there and results come back."""
+        if self.capacity is not None:
+            raise ConfigError("bounded capacity keeps all experts on one device; leave capacity out to place them")
         self.pool[self._checked(expert)].to(device)
         self.pool.forget_block()
         self._compiled = None
-        self._check_capacity()
 
     def _checked(self, expert: int) -> int:
         if not 0 <= expert < self.num_experts:
@@ -237,17 +259,19 @@ class MoELayer(nn.Module):
         return expert
 
     def _rearrange(self, old: list[int], fresh: dict[int, Expert]) -> None:
-        self.router.rearrange(old, newcomers=list(fresh))
         routed = [fresh[place] if place in fresh else self.pool[e] for place, e in enumerate(old)]
-        self._set_experts([*routed, *list(self.pool)[len(self.pool) - self.pool.num_always :]])
+        self._set_experts([*routed, *list(self.pool)[len(self.pool) - self.pool.num_always :]], old)
+        self.router.rearrange(old, newcomers=list(fresh))
 
-    def _set_experts(self, experts: list[Expert]) -> None:
+    def _set_experts(self, experts: list[Expert], old: list[int]) -> None:
+        self._check_capacity(experts)
         self.pool.rearrange(experts)
         self._compiled = None
-        self._check_capacity()
+        if self.fences is not None:
+            self.fences.rearrange(old)
 
-    def _check_capacity(self) -> None:
-        if self.capacity is not None and not self.pool.uniform:
+    def _check_capacity(self, experts: list[Expert]) -> None:
+        if self.capacity is not None and not alike(experts):
             raise ConfigError("bounded capacity needs SwiGLU experts of one size on one device; leave capacity out")
 
     # -------------------------------------------------------------------------------------------- checkpoints
@@ -264,6 +288,7 @@ class MoELayer(nn.Module):
     def _take_shape(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         assert isinstance(module, MoELayer)
         module._compiled = None
+        module.pool.forget_block()  # weights may be exchanged
         described = state.get(prefix + "_extra_state")
         if described is None:
             return
@@ -275,4 +300,6 @@ class MoELayer(nn.Module):
             return
         device = module.pool[0].w_in_DF.device
         module.router.rearrange([0] * (len(specs) - module.pool.num_always))
+        if module.fences is not None:
+            module.fences.rearrange([])
         module.pool.rearrange([Expert(module.width, spec).to(device) for spec in specs])

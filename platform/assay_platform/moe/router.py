@@ -61,11 +61,15 @@ class Scores(nn.Module):
 
     def __init__(self, width: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        self.num_slots = min(top_k, num_experts)
+        self.top_k = top_k
         self.weight_ED = nn.Parameter(torch.randn(num_experts, width) * 0.02)
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Softmax of a linear map."""
+    def num_slots(self, num_experts: int) -> int:
+        """The most experts that a row may have."""
+        return min(self.top_k, num_experts)
+
+    def forward(self, x_ND: Tensor, present_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Softmax of a linear map. present_E: how much every expert is there, 0 to 1; None where all are."""
         logits_NE = linear(x_ND, self.weight_ED.float())
         return logits_NE, torch.softmax(logits_NE, dim=-1)
 
@@ -85,7 +89,7 @@ class SigmoidScores(Scores):
     distribution = False
     linear = "sigmoid"
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_ND: Tensor, present_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sigmoids of a linear map."""
         score_NE = torch.sigmoid(linear(x_ND, self.weight_ED.float()))
         return score_NE, score_NE
@@ -109,7 +113,7 @@ class CentroidScores(Scores):
         self.register_buffer("centroid_ED", normalize(torch.randn(num_experts, width), dim=-1))
         self.register_buffer("_sum_ED", torch.zeros(num_experts, width), persistent=False)
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_ND: Tensor, present_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Softmax of similarity / temperature."""
         similarity_NE = linear(normalize(x_ND, dim=-1), normalize(self.centroid_ED, dim=-1))
         return similarity_NE, torch.softmax(similarity_NE / self.temperature, dim=-1)
@@ -144,21 +148,29 @@ class TwoStageScores(Scores):
         num_groups = max(1, round(math.sqrt(num_experts)))
         self.weight_GD = nn.Parameter(torch.randn(num_groups, width) * 0.02)
         self.register_buffer("group_E", torch.arange(num_experts) * num_groups // num_experts)
-        smallest = num_experts // num_groups
-        self.num_best = min(num_groups, max((num_groups + 1) // 2, -(-top_k // smallest)))
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        groups = state.get(prefix + "weight_GD")
+        if groups is not None and groups.shape != self.weight_GD.shape:  # of a layer that was made with more or fewer
+            self.weight_GD = nn.Parameter(torch.empty_like(groups, device=self.weight_GD.device))
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def forward(self, x_ND: Tensor, present_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities, -inf outside of the chosen groups."""
         logits_NG, logits_NE = linear(x_ND, self.weight_GD.float()), linear(x_ND, self.weight_ED.float())
         num_groups = logits_NG.shape[1]
         member_EG = self.group_E.unsqueeze(1) == torch.arange(num_groups, device=x_ND.device)
-        within_NEG = torch.where(member_EG, logits_NE.unsqueeze(-1), -torch.inf)
+        # A newcomer takes its part of what its group has as it comes in, and nothing before.
+        counted_NE = logits_NE if present_E is None else logits_NE + present_E.log()
+        within_NEG = torch.where(member_EG, counted_NE.unsqueeze(-1), -torch.inf)
         # A group may have lost all of its experts; its normaliser is never looked up.
         fine_NE = logits_NE - torch.logsumexp(within_NEG, dim=1)[:, self.group_E]
         coarse_NG = torch.where(member_EG.any(dim=0), logits_NG, -torch.inf)
         probability_NE = (torch.log_softmax(coarse_NG, dim=-1)[:, self.group_E] + fine_NE).exp()
+        smallest = max(1, len(self.group_E) // num_groups)
+        num_best = min(num_groups, max((num_groups + 1) // 2, -(-self.top_k // smallest)))
         best_NG = torch.zeros_like(coarse_NG, dtype=torch.bool)
-        best_NG.scatter_(1, coarse_NG.topk(self.num_best, dim=-1).indices, True)
+        best_NG.scatter_(1, coarse_NG.topk(num_best, dim=-1).indices, True)
         affinity_NE = torch.where(best_NG[:, self.group_E], probability_NE.clamp_min(1e-30).log(), -torch.inf)
         return affinity_NE, probability_NE
 
@@ -176,12 +188,17 @@ class ReLUScores(Scores):
 
     def __init__(self, width: int, num_experts: int, top_k: int) -> None:
         super().__init__(width, num_experts, top_k)
-        self.num_slots = min(num_experts, 4 * top_k)
         self.bias_E = nn.Parameter(torch.zeros(num_experts))
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def num_slots(self, num_experts: int) -> int:
+        """Four times K."""
+        return min(4 * self.top_k, num_experts)
+
+    def forward(self, x_ND: Tensor, present_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ReLU of a linear map; -inf where it is closed."""
         score_NE = torch.relu(linear(x_ND, self.weight_ED.float(), self.bias_E.float()))
+        if present_E is not None:
+            score_NE = score_NE * present_E
         return torch.where(score_NE > 0, score_NE, -torch.inf), score_NE
 
 
@@ -215,6 +232,7 @@ class Router(nn.Module):
         self.balance = make_balance(num_experts, top_k)
         self.register_buffer("newcomer_E", torch.zeros(num_experts))
         self._newcomers: bool | None = None
+        self._num_chosen_from = num_experts
         self.register_buffer("_seen_E1", torch.zeros(num_experts + 1), persistent=False)
 
     @property
@@ -228,12 +246,18 @@ class Router(nn.Module):
             with torch.autocast(x_ND.device.type, enabled=False):
                 return self.forward(x_ND, allowed_E)
         x_ND = x_ND.float()
-        affinity_NE, score_NE = self.scores(x_ND)
+        affinity_NE, score_NE = self.scores(x_ND, self._present())
         routing = self._choose(affinity_NE.detach(), score_NE, allowed_E)
         if not self.training:
             return routing, score_NE.new_zeros(())
         choices_E = count_choices(routing.expert_NK, self.num_experts)
-        loss = self.balance.loss(choices_E / choices_E.sum().clamp_min(1.0), routing.probability_NE, score_NE)
+        load_E, probability_NE = choices_E / choices_E.sum().clamp_min(1.0), routing.probability_NE
+        if self.has_newcomers():  # they take no part: a loss would push rows toward who cannot be chosen yet
+            settled = (self.newcomer_E == 0.0).nonzero().squeeze(1)
+            load_E, score_NE = load_E[settled], score_NE[:, settled]
+            probability_NE = probability_NE[:, settled]
+            probability_NE = probability_NE / probability_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        loss = self.balance.loss(load_E, probability_NE, score_NE)
         self._seen_E1[:-1] += choices_E
         self._seen_E1[-1] += len(x_ND)
         self.scores.saw(x_ND.detach(), routing.expert_NK)
@@ -245,16 +269,16 @@ class Router(nn.Module):
             affinity_NE = affinity_NE + steer_E
         if allowed_E is not None:
             affinity_NE = torch.where(allowed_E, affinity_NE, -torch.inf)
-        top_NK, expert_NK = affinity_NE.topk(min(self.scores.num_slots, self.num_experts), dim=-1)
+        num_slots = self.scores.num_slots(self.num_experts)
+        top_NK, expert_NK = affinity_NE.topk(num_slots, dim=-1)
         gate_NK = score_NE.gather(1, expert_NK)
-        # Newcomers alone make no choice partial: there were at least K experts before them.
-        partial = allowed_E is not None or not self.scores.complete
+        too_few = self.has_newcomers() and self._num_chosen_from < num_slots
+        partial = allowed_E is not None or not self.scores.complete or too_few
         if partial:
             taken_NK = top_NK > -torch.inf
             expert_NK, gate_NK = torch.where(taken_NK, expert_NK, -1), torch.where(taken_NK, gate_NK, 0.0)
         if self.scores.normalised:
-            total_N1 = gate_NK.sum(dim=-1, keepdim=True)
-            gate_NK = gate_NK / (total_N1.clamp_min(1e-20) if partial else total_N1)
+            gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         if not self.scores.distribution:
             score_NE = score_NE / score_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         return Routing(expert_NK, gate_NK, score_NE, partial)
@@ -262,16 +286,21 @@ class Router(nn.Module):
     def steering(self) -> Tensor | None:
         """(E,) added to affinities for choosing: the balance's, and the handicap of new experts."""
         steer_E = self.balance.steer()
-        if self._have_newcomers():
+        if self.has_newcomers():
             handicap_E = torch.where(self.newcomer_E < 1.0, -_NEWCOMER_HANDICAP * self.newcomer_E, -torch.inf)
             return handicap_E if steer_E is None else steer_E + handicap_E
         return steer_E
 
-    def _have_newcomers(self) -> bool:
+    def has_newcomers(self) -> bool:
+        """Whether some experts are new or closed."""
         # Asked of the device once after every change: a small batch is over sooner than the question is answered.
         if self._newcomers is None:
+            self._num_chosen_from = int((self.newcomer_E < 1.0).sum())
             self._newcomers = bool(self.newcomer_E.any())
         return self._newcomers
+
+    def _present(self) -> Tensor | None:
+        return (1.0 - self.newcomer_E).clamp_min(0.0) if self.has_newcomers() else None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._newcomers = None
@@ -284,15 +313,25 @@ class Router(nn.Module):
         choices_E, num_rows = self._seen_E1[:-1], self._seen_E1[-1]
         self.scores.settle(_sum_over_ranks)
         if choices_E.any():
-            self.balance.observe(choices_E / choices_E.sum(), choices_E.sum() / num_rows)
-            if self._have_newcomers():
+            load_E = choices_E / choices_E.sum()
+            settled_E = self.newcomer_E == 0.0
+            # A new or closed expert counts as one with an even share: that nobody chooses it is no reason to push it.
+            if settled_E.any():
+                load_E = torch.where(settled_E, load_E, load_E[settled_E].mean())
+            self.balance.observe(load_E / load_E.sum(), choices_E.sum() / num_rows)
+            if self.has_newcomers():
                 self.newcomer_E.sub_(1.0 / _NEWCOMER_STEPS).clamp_min_(0.0)
                 self._newcomers = None
         self._seen_E1.zero_()
 
+    def choices(self) -> Tensor:
+        """(E,) how often every expert was chosen in training since the last step, on this rank."""
+        return self._seen_E1[:-1]
+
     @torch.no_grad()
     def close(self, experts: Sequence[int]) -> None:
-        """Nobody chooses these until `open`."""
+        """Nobody chooses these until `open`; those that were closed before and are not named come back."""
+        self.newcomer_E.masked_fill_(self.newcomer_E.isinf(), 0.0)
         for expert in experts:
             self.newcomer_E[expert] = torch.inf
         self._newcomers = None
@@ -301,6 +340,7 @@ class Router(nn.Module):
     def open(self) -> None:
         """Closed experts become new ones."""
         self.newcomer_E.clamp_max_(1.0)
+        self._newcomers = None
 
     @torch.no_grad()
     def rearrange(self, experts: Sequence[int], *, newcomers: Sequence[int] = ()) -> None:
@@ -309,6 +349,7 @@ class Router(nn.Module):
         A newcomer's scores are its model's with a little noise, so that the two part ways.
         """
         index = torch.tensor(list(experts), device=self.newcomer_E.device)
+        noise = torch.Generator().manual_seed(len(experts))  # the same on every rank
         for module, names in (
             (self.scores, self.scores.per_expert),
             (self.balance, self.balance.per_expert),
@@ -319,7 +360,8 @@ class Router(nn.Module):
                 new = old.detach().index_select(0, index.to(old.device))
                 if new.is_floating_point() and module is self.scores:
                     for place in newcomers:
-                        new[place] += torch.randn_like(new[place]) * 0.1 * new.std()
+                        drawn = torch.randn(new[place].shape, generator=noise).to(new)
+                        new[place] += drawn * 0.1 * new.std()
                 setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         self._seen_E1 = self.newcomer_E.new_zeros(len(index) + 1)
         for place in newcomers:

@@ -31,6 +31,15 @@ class FollowsSteps(Protocol):
         ...
 
 
+@runtime_checkable
+class IsolatesGradients(Protocol):
+    """A module with parts that a batch may leave unused, although they get gradients of zeros."""
+
+    def drop_unchosen_gradients(self) -> None:
+        """Called before an optimizer step that is isolated; see `TrainConfig`."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long and how fast. `patience` counts epochs without a better validation metric.
@@ -95,6 +104,7 @@ def fit(
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     # Fused: one pass over memory a weight instead of a dozen.
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    isolatings = [m for m in module.modules() if isinstance(m, IsolatesGradients)]
     followers = [m for m in module.modules() if isinstance(m, FollowsSteps)]
     num_steps = config.num_epochs * num_batches
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -109,7 +119,10 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             loss(batch).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(trained, config.clip_norm)
-            if step >= config.isolated_fraction * num_steps:
+            if step < config.isolated_fraction * num_steps:
+                for isolating in isolatings:
+                    isolating.drop_unchosen_gradients()
+            else:
                 for parameter in trained:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
@@ -120,6 +133,7 @@ def fit(
             step += 1
         module.eval()
         metric = float(epoch) if evaluate is None else evaluate()
+        metric = -math.inf if math.isnan(metric) else metric  # or nothing later could be better
         history.append(metric)
         if metric > best_metric or not best_state:
             best_metric, best_epoch = metric, epoch
