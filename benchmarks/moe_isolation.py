@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import finish, row
 from moe_routers import Fraud
 
-SEEDS, NUM_EXPERTS, BATCH, STEPS, PRE = (0, 1, 2), 128, 64, 1_500, 0.8
+SEEDS, NUM_EXPERTS, BATCH, STEPS, PRE = (0, 1, 2), 128, 64, 900, 0.8
 
 
 class Outcome(NamedTuple):

@@ -719,9 +719,10 @@ def test_the_monitor_counts_what_routers_chose_and_warns_of_collapse(
         for layer in backbone.layers:
             layer.router.scores.weight_ED[0] = 100.0  # type: ignore[union-attr, operator, index]
             layer.router.scores.top_k = 1  # type: ignore[union-attr, assignment]
-        backbone(torch.full((64, 5), 1.0))
-        monitor.metrics()
-        monitor.metrics()
+        for reports, warned in ((1, 0), (2, 2), (3, 2)):  # not at once, and once a layer
+            backbone(torch.full((64, 5), 1.0))
+            monitor.metrics()
+            assert caplog.text.count("experts collapse") == warned, reports
     assert caplog.text.count("experts collapse") == 2
 
 

@@ -25,6 +25,7 @@ from assay_platform.moe.router import count_choices
 
 _logger = logging.getLogger(__name__)
 _COLLAPSED = 0.5  # of all experts effectively in use
+_REPORTS_IN_A_ROW = 2  # the first steps of a balanced training may be uneven too
 
 
 class LayerReport(NamedTuple):
@@ -114,7 +115,9 @@ class RoutingMonitor:
             report = sums.report()
             self.history[name].append(report)
             numbers |= _numbers(name, report)
-            if report.utilisation < _COLLAPSED and name not in self._warned:
+            lately = self.history[name][-_REPORTS_IN_A_ROW:]
+            collapsed = len(lately) == _REPORTS_IN_A_ROW and all(r.utilisation < _COLLAPSED for r in lately)
+            if collapsed and name not in self._warned:
                 self._warned.add(name)
                 busiest = max(range(len(report.load_E)), key=report.load_E.__getitem__)
                 _logger.warning(
