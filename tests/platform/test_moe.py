@@ -432,7 +432,7 @@ def test_frozen_experts_keep_their_weights_and_train_only_trains_nothing_else() 
 def test_isolated_pre_training_touches_selected_experts_alone_and_fine_tuning_opens_all(router: str) -> None:
     torch.manual_seed(0)
     layer = MoELayer(8, 8, 6, 2, router=router)
-    layer.isolate([1, 3, 4])  # another mind
+    layer.isolate([1, 3, 4])  # the last call counts
     layer.isolate([0, 2, 5])
     before = copy.deepcopy(layer.state_dict())
     trained(layer, steps=300)
