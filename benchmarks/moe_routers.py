@@ -39,8 +39,9 @@ from assay_pipelines.recommend.train import (
 from assay_platform.config import load_config
 from assay_platform.models.fraud import FraudNet, FraudNetConfig, fit_encoder
 from assay_platform.models.recommender import GraphScorer, RankerConfig, Recommender
-from assay_platform.moe import ROUTERS, BackboneConfig, MoELayer, RoutingMonitor
+from assay_platform.moe import ROUTERS, BackboneConfig, MoELayer
 from assay_platform.moe.router import count_choices
+from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.training import TrainConfig, fit
 from sklearn.metrics import average_precision_score
 from torch import nn

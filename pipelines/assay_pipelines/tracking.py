@@ -19,7 +19,7 @@ from assay_pipelines.console import Reporter
 from assay_pipelines.options import RunOptions
 
 if TYPE_CHECKING:
-    from assay_platform.moe import RoutingMonitor
+    from assay_platform.monitoring.routing import RoutingMonitor
     from mlflow.models import ModelSignature
 
 

@@ -18,11 +18,10 @@ from assay_platform.moe import (
     MoELayer,
     Router,
     Routing,
-    RoutingMonitor,
 )
 from assay_platform.moe.balance import AuxiliaryLoss, LoadForecast, jensen_shannon_imbalance, utilisation
 from assay_platform.moe.capacity import ElasticCapacity
-from assay_platform.moe.instruments import LayerReport
+from assay_platform.monitoring.routing import LayerReport, RoutingMonitor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -14,7 +14,8 @@ from assay_platform.models.fraud import (
     TabularEncoder,
     mean_embedding,
 )
-from assay_platform.moe import BackboneConfig, RoutingMonitor
+from assay_platform.moe import BackboneConfig
+from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.training import FitResult, TrainConfig, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray

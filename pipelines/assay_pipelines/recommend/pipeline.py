@@ -23,7 +23,7 @@ from assay_platform.models.recommender import (
     Recommender,
     item_facts,
 )
-from assay_platform.moe import RoutingMonitor
+from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
 

@@ -27,7 +27,7 @@ from assay_platform.models.recommender import (
     RankerConfig,
     top_candidates,
 )
-from assay_platform.moe import RoutingMonitor
+from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.training import TrainConfig, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray

@@ -3,7 +3,6 @@
 from assay_platform.moe.backbone import Backbone, BackboneConfig
 from assay_platform.moe.capacity import CapacityConfig
 from assay_platform.moe.experts import Expert, ExpertSpec
-from assay_platform.moe.instruments import RoutingMonitor
 from assay_platform.moe.layer import MoELayer
 from assay_platform.moe.router import ROUTERS, Router, Routing
 
@@ -17,5 +16,4 @@ __all__ = [
     "MoELayer",
     "Router",
     "Routing",
-    "RoutingMonitor",
 ]
