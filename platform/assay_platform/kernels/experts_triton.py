@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import custom_op
 
 
 class Sorted(NamedTuple):
@@ -417,7 +418,7 @@ def run_backward(
 _FORWARD, _BACKWARD = "assay::expert_swiglu", "assay::expert_swiglu_backward"
 
 
-@torch.library.custom_op(_FORWARD, mutates_args=())
+@custom_op(_FORWARD, mutates_args=())
 def _forward(
     x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save: bool, partial: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -438,7 +439,7 @@ def _(
     )
 
 
-@torch.library.custom_op(_BACKWARD, mutates_args=())
+@custom_op(_BACKWARD, mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, saved: Tensor, order: Tensor,
     bounds: Tensor, partial: bool,
