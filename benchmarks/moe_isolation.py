@@ -27,7 +27,7 @@ from sklearn.metrics import average_precision_score
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _report import finish, row
-from moe_routers import Fraud
+from moe_routers import MAX_CATEGORIES, Fraud
 
 SEEDS, NUM_EXPERTS, BATCH, STEPS, PRE = (0, 1, 2), 128, 64, 900, 0.8
 
@@ -56,7 +56,9 @@ def size_mb(net: FraudNet, optimizer: torch.optim.Optimizer, largest: int) -> fl
 def train(task: Fraud, way: str, seed: int) -> Outcome:
     """From scratch."""
     torch.manual_seed(seed)
-    config = FraudNetConfig(backbone=BackboneConfig(num_experts=NUM_EXPERTS, num_blocks=2))
+    config = FraudNetConfig(
+        max_embedded=MAX_CATEGORIES + 1, backbone=BackboneConfig(num_experts=NUM_EXPERTS, num_blocks=2)
+    )
     net = FraudNet(task.edges, task.encoder.cardinalities, config)
     layers = [m for m in net.modules() if isinstance(m, MoELayer)]
     if way == "isolated":

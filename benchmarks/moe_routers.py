@@ -37,7 +37,8 @@ from assay_pipelines.recommend.train import (
     train_ranker,
 )
 from assay_platform.config import load_config
-from assay_platform.models.fraud import FraudNet, FraudNetConfig, fit_encoder
+from assay_platform.models.encoding import fit_encoder
+from assay_platform.models.fraud import FraudNet, FraudNetConfig
 from assay_platform.models.recommender import GraphScorer, RankerConfig, Recommender
 from assay_platform.moe import ROUTERS, BackboneConfig, MoELayer
 from assay_platform.moe.router import count_choices
@@ -51,7 +52,7 @@ from _report import finish, in_turn, median, row
 
 SEEDS = 3
 NUM_EXPERTS, TOP_K, ROOM = 16, 2, 1.25
-FRAUD_ROWS, FRAUD_EPOCHS, BATCH = 100_000, 3, 512
+FRAUD_ROWS, FRAUD_EPOCHS, BATCH, MAX_CATEGORIES = 100_000, 3, 512, 2_000
 VARIANTS = (*ROUTERS, "dense")
 
 
@@ -114,7 +115,7 @@ class Fraud:
         newest = slice(max(0, cuts[0] - FRAUD_ROWS), cuts[0])
         self.encoder, self.edges = fit_encoder(
             {n: v[newest] for n, v in columns.items()}, numeric=self.numeric, categorical=self.categorical,
-            num_bins=16, max_categories=2_000,
+            num_bins=16, max_categories=MAX_CATEGORIES,
         )  # fmt: skip
         labels = torch.from_numpy(events.labels.astype(np.float32))
         everything = LabelledRows(self.encoder.apply(columns), labels)
@@ -124,7 +125,7 @@ class Fraud:
     def net(self, variant: str, seed: int) -> FraudNet:
         """Untrained."""
         torch.manual_seed(seed)
-        config = FraudNetConfig(backbone=shaped(BackboneConfig(dropout=0.15), variant))
+        config = FraudNetConfig(max_embedded=MAX_CATEGORIES + 1, backbone=shaped(BackboneConfig(dropout=0.15), variant))
         return FraudNet(self.edges, self.encoder.cardinalities, config)
 
     def loss(self, net: FraudNet, batch: LabelledRows) -> torch.Tensor:

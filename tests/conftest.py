@@ -54,6 +54,15 @@ train = 0.7
 validation = 0.1
 """
 
+# The same table where frauds are reported half a day later, decisions have three ways, and senders have limits.
+REPORTED_SCHEMA = f"""{FRAUD_SCHEMA}
+[labels]
+delay_days = 0.5
+[decisions]
+target_fpr = 0.01
+review_fpr = 0.05
+"""
+
 
 def interactions_frame(num_users: int = 120, num_items: int = 60, seed: int = 0) -> pd.DataFrame:
     """Users of four tastes who mostly take items of their taste."""

@@ -28,7 +28,7 @@ from assay_platform.storage import atomic_file, write_json
 
 from assay_features.batch import EntityStates, features_at, final_states
 from assay_features.definitions import Entity, FeaturePlan, entity_columns, entity_name
-from assay_features.events import Events
+from assay_features.events import Events, key_column
 from assay_features.state import Floats, entity_keys
 
 TIMESTAMP = "event_timestamp"
@@ -167,7 +167,7 @@ class _Scatter:
         partition = np.where(codes >= 0, partition_of[codes], -1)
         table = pa.table(
             {"time_us": pa.array(events.time_us)}
-            | {name: pa.array(events.keys[name], pa.string()) for name in own.key_columns()}
+            | {name: pa.array(key_column(events, name), pa.string()) for name in own.key_columns()}
             | {name: pa.array(events.numbers[name]) for name in own.number_columns()}
         ).combine_chunks()
         options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -233,7 +233,7 @@ def _states_path(folder: Path, entity: Entity, partition: int) -> Path:
 def _write_features(path: Path, plan: FeaturePlan, entity: Entity, events: Events, values: dict[str, Floats]) -> None:
     """One row a (key, time): at one instant all events of a key have the same features."""
     table = pa.table(
-        {name: pa.array(events.keys[name], pa.string()) for name in entity_columns(entity)}
+        {name: pa.array(key_column(events, name), pa.string()) for name in entity_columns(entity)}
         | {TIMESTAMP: pa.array(events.time_us, pa.timestamp("us", tz="UTC"))}
         | {d.name: pa.array(values[d.name]) for d in plan.of_entity(entity)}
     )

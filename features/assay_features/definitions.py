@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import zoneinfo
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -259,11 +259,14 @@ class Cross:
 class Ratio:
     """One number over another, such as the amount over the card's usual amount; missing if either is, or at 0.
 
-    numerator, denominator: names of numeric columns, or of numeric features of the plan.
+    numerator, denominator: names of numeric columns, or of numeric features of the plan. less: another one that is
+    taken off the denominator first: frauds reported in 30 days, over the events of 44 days less those of the newest
+    14, is the share of fraud among events old enough to have been reported after 14 days.
     """
 
     numerator: str
     denominator: str
+    less: str | None = None
 
     def __post_init__(self) -> None:
         if not self.numerator or not self.denominator or self.numerator == self.denominator:
@@ -272,7 +275,8 @@ class Ratio:
     @property
     def name(self) -> str:
         """Such as `amount__over__card__amount__mean__7d`."""
-        return f"{self.numerator}__over__{self.denominator}"
+        name = f"{self.numerator}__over__{self.denominator}"
+        return name if self.less is None else f"{name}__less__{self.less}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,6 +406,17 @@ class FeaturePlan:
         vectors = tuple(name for embedding in self.embeddings for name in embedding.names)
         return (*(c.name for c in self.calendar), *(r.name for r in self.ratios), *vectors)
 
+    @property
+    def helper_names(self) -> tuple[str, ...]:
+        """What a share is made of, over and under the line of a ratio with `less`: no inputs by themselves."""
+        parts = [(r.numerator, r.denominator) for r in self.ratios if r.less is not None]
+        return tuple(dict.fromkeys(name for names in parts for name in names))
+
+    def split(self, column: str) -> tuple["FeaturePlan", "FeaturePlan"]:
+        """(features of entities over this numeric column, all other definitions)."""
+        over = tuple(d for d in self.definitions if column in FeaturePlan((d,)).number_columns())
+        return FeaturePlan(over), FeaturePlan(tuple(d for d in self.definitions if d not in over))
+
     def key_columns(self) -> tuple[str, ...]:
         """Key columns that entities, sequences, distinct counts and filters need of every event."""
         columns: list[str] = [c for entity in self.entities for c in entity_columns(entity)]
@@ -425,6 +440,12 @@ class FeaturePlan:
             if definition.where is not None and not definition.where.values:
                 columns.append(definition.where.column)
         return tuple(c for c in dict.fromkeys(columns) if c not in CALENDAR_COLUMNS)
+
+    def inputs(self, numeric: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Columns to read of every event as keys and as numbers; an entity's column that is `numeric` is a number."""
+        keys = tuple(name for name in self.key_columns() if name not in numeric)
+        numbers = tuple(name for name in self.key_columns() if name in numeric)
+        return keys, tuple(dict.fromkeys((*self.number_columns(), *numbers)))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form that `from_dict` reads back to an equal plan. Fields at their default are left out."""

@@ -49,6 +49,7 @@ from assay_features.definitions import (
     entity_columns,
 )
 from assay_features.events import Events, Reports
+from assay_features.reports import fraud_share
 from assay_features.row_features import model_columns
 
 Floats = NDArray[np.float64]
@@ -146,9 +147,10 @@ def discover(
 
     keys = list(dict.fromkeys((*entities, *(c for c in best if c in categorical))))[: chosen.num_columns]
     numbers = [c for c in best if c in numeric and c != amount][: chosen.num_columns]
-    definitions = tuple(_candidates(events, entities, numbers, keys, amount))
+    found = [*_candidates(events, entities, numbers, keys, amount)]
     if reports is not None:
-        definitions += tuple(_candidates_of_reports(reports, entities, keys))
+        found += _candidates_of_reports(reports, entities, keys)
+    definitions = tuple(dict.fromkeys(found))
     columns = _computed(definitions, events, sample, reports)
     on_progress(0.4, f"{len(definitions)} candidates computed")
 
@@ -276,13 +278,14 @@ def _candidates_of_reports(reports: Reports, entities: Sequence[str], keys: Sequ
                 continue
             entity: Entity = columns[0] if order == 1 else columns
             for length_s in (30 * DAY_S, 180 * DAY_S):
-                yield Window(entity=entity, aggregate="mean", column=reports.column, length_s=length_s)
+                yield from fraud_share(entity, reports, length_s)
             yield Decay(entity=entity, column=reports.column, half_life_s=30 * DAY_S)
 
 
 def _with_needs(definition: Definition, known: Mapping[str, Definition]) -> Iterator[Definition]:
     if isinstance(definition, Ratio):
-        yield from (known[name] for name in (definition.numerator, definition.denominator) if name in known)
+        parts = (definition.numerator, definition.denominator, definition.less)
+        yield from (known[name] for name in parts if name is not None and name in known)
     yield definition
 
 

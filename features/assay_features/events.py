@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from assay_platform.errors import DataError
 from numpy.typing import NDArray
 
@@ -56,21 +57,47 @@ class Events:
 
 @dataclass(frozen=True)
 class Reports:
-    """How labels become known: `delay_s` after their event, as numbers (0, 1) in a column of this name."""
+    """How labels become known: frauds are reported `delay_s` after their event, as 1 in a column of this name.
+
+    Nobody reports that a payment was honest, so what is not reported by then is taken to be.
+    """
 
     column: str
     delay_s: float
 
     def of(self, events: Events) -> Events:
-        """One event a label, when it is reported.
+        """One event a fraud, when it is reported.
 
         Raises:
             DataError: the events have no labels.
         """
         if events.labels is None:
             raise DataError(f"the events have no labels, so nothing is reported as {self.column!r}")
-        delay_us = round(self.delay_s * 1_000_000)
-        return Events(events.time_us + delay_us, events.keys, {self.column: events.labels.astype(np.float64)})
+        frauds = events.take(np.flatnonzero(events.labels))
+        return Events(
+            frauds.time_us + round(self.delay_s * 1_000_000),
+            frauds.keys,
+            {**frauds.numbers, self.column: np.ones(len(frauds))},
+            ids=frauds.ids,
+        )
+
+
+def key_column(events: Events, name: str) -> Keys:
+    """A column as keys: an entity or category as it is, or a number as text, so that the same amount is one key.
+
+    Raises:
+        DataError: the events have no such column.
+    """
+    if name in events.keys:
+        return events.keys[name]
+    if name not in events.numbers:
+        known = ", ".join(sorted({*events.keys, *events.numbers})) or "none"
+        raise DataError(f"the events have no key column {name!r}; they have {known}")
+    numbers = events.numbers[name]
+    if len(numbers) == 1:
+        return _objects([canonical_key(float(numbers[0]))])
+    codes, values = pd.factorize(numbers, use_na_sentinel=True)
+    return _objects([*map(canonical_key, values.tolist()), None])[codes]
 
 
 def canonical_key(value: Any) -> str | None:
@@ -164,22 +191,26 @@ def events_from_records(
     keys: Sequence[str],
     numbers: Sequence[str],
     id_column: str | None = None,
+    places: Sequence[str] | None = None,
 ) -> Events:
-    """Canonical events from parsed JSON objects; other columns are ignored.
+    """Canonical events from parsed JSON objects; other columns are ignored. places: what errors call each record.
 
     Raises:
         DataError: a column is missing or has a value that does not fit; the message names event and column.
     """
 
+    def place(i: int) -> str:
+        return f"events[{i}]" if places is None else places[i]
+
     def column(name: str, parse: Any) -> list[Any]:
         values = []
         for i, record in enumerate(records):
             if name not in record:
-                raise DataError(f"events[{i}].{name}: is missing; send null for an unknown value")
+                raise DataError(f"{place(i)}.{name}: is missing; send null for an unknown value")
             try:
                 values.append(parse(record[name]))
             except ValueError as error:
-                raise DataError(f"events[{i}].{name}: {error}") from error
+                raise DataError(f"{place(i)}.{name}: {error}") from error
         return values
 
     ids = None

@@ -49,6 +49,8 @@ def ratio_column(ratio: Ratio, columns: Mapping[str, Any]) -> Floats:
     """One number over another; missing where either is, or the denominator is 0."""
     numerator = np.asarray(_named(columns, ratio.numerator), dtype=np.float64)
     denominator = np.asarray(_named(columns, ratio.denominator), dtype=np.float64)
+    if ratio.less is not None:
+        denominator = denominator - np.asarray(_named(columns, ratio.less), dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         value: Floats = numerator / denominator
     value[~np.isfinite(value)] = np.nan

@@ -5,13 +5,16 @@ TOML → `FraudSchema` or `RecommendSchema`. The file format is part of the publ
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from assay_platform.errors import SchemaError
+from assay_platform.errors import ConfigError, SchemaError
+from assay_platform.models.decisions import Costs, DecisionSettings
+from assay_platform.robustness.constraints import Constraints
 
 Protocol = Literal["temporal", "random", "leave-last-out"]
+_MAX_DELAY_DAYS = 3650
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +42,32 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class FraudSchema:
-    """Events with a label to predict. `entities` are who acts and with whom."""
+    """Events with a label to predict. `entities` are who acts and with whom; there may be none.
+
+    groups: columns that together are an entity too, such as a card and the amount: the same payment again.
+    label_delay_days: how long after its event a label is known. Given, features count what was reported of an entity.
+    constraints: what of an event its sender can change. decisions: from a probability to approve, review or decline.
+    """
 
     timestamp: str
     label: str
-    entities: tuple[str, ...]
+    entities: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     id: str | None = None
     amount: str | None = None
     immutable: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    label_delay_days: float | None = None
+    constraints: Constraints = field(default_factory=Constraints)
+    decisions: DecisionSettings = field(default_factory=DecisionSettings)
     split: Split = field(default_factory=Split)
 
     kind: Literal["fraud"] = "fraud"
 
     def __post_init__(self) -> None:
-        if not self.entities:
-            raise SchemaError("[columns] entities is empty; name at least one column, such as the card")
+        if not self.numeric and not self.categorical and not self.entities:
+            raise SchemaError("[columns] names no entities, numeric or categorical column; a model needs one at least")
         _no_repeats("entities", self.entities)
         _no_repeats("numeric and categorical", self.numeric + self.categorical)
         if self.amount is not None and self.amount not in self.numeric:
@@ -64,9 +76,33 @@ class FraudSchema:
         for name in self.immutable:
             if name not in inputs:
                 raise SchemaError(f"[columns] immutable names {name!r}, which is no entity, numeric or categorical")
+        self._check_groups(inputs)
+        self._check_constraints(inputs)
         for role, other in (("label", self.label), ("timestamp", self.timestamp), ("id", self.id)):
             if other in inputs:
                 raise SchemaError(f"[columns] {role} = {other!r} is also listed as an input of the model")
+
+    def _check_groups(self, inputs: set[str]) -> None:
+        for group in self.groups:
+            _no_repeats("groups", group)
+            if len(group) < 2:
+                raise SchemaError(f"[columns] groups has {list(group)}; a group has two columns or more")
+            for name in group:
+                if name not in inputs:
+                    raise SchemaError(f"[columns] groups names {name!r}, which is no entity, numeric or categorical")
+
+    def _check_constraints(self, inputs: set[str]) -> None:
+        if self.label_delay_days is not None and not 0 <= self.label_delay_days <= _MAX_DELAY_DAYS:
+            raise SchemaError(f"[labels] delay_days = {self.label_delay_days:g}; allowed are 0 to {_MAX_DELAY_DAYS}")
+        numbers = set(self.numeric)
+        for role, allowed, wanted in (
+            ("any", inputs, "column of the model"),
+            ("number", numbers, "numeric column"),
+            ("category", inputs - numbers, "category or entity"),
+        ):
+            for name in self.constraints.named[role]:
+                if name not in allowed:
+                    raise SchemaError(f"[constraints] names {name!r}, which is no {wanted}")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -77,6 +113,11 @@ class FraudSchema:
     def numbers(self) -> tuple[str, ...]:
         """Columns read as numbers."""
         return self.numeric
+
+    @property
+    def limits(self) -> Constraints:
+        """The constraints, with the immutable columns among them."""
+        return replace(self.constraints, immutable=self.immutable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +192,23 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     kind = document.get("kind")
     if kind not in ("fraud", "recommend"):
         raise SchemaError(f"kind = {kind!r}; allowed are 'fraud' and 'recommend'")
-    _known("the top level", document, ("kind", "columns", "split", "items"))
+    _known("the top level", document, ("kind", "columns", "split", "items", "labels", "constraints", "decisions"))
     columns = _table(document, "columns")
     split = Split(**_typed("[split]", _table(document, "split"), _SPLIT))
     if kind == "fraud":
         if "items" in document:
             raise SchemaError("[items] belongs to kind = 'recommend'")
-        return FraudSchema(**_typed("[columns]", columns, _FRAUD, ("timestamp", "label", "entities")), split=split)
+        labels = _typed("[labels]", _table(document, "labels"), {"delay_days": _NUMBER})
+        return FraudSchema(
+            **_typed("[columns]", columns, _FRAUD, ("timestamp", "label")),
+            label_delay_days=labels.get("delay_days"),
+            constraints=_constraints(_table(document, "constraints")),
+            decisions=_decisions(_table(document, "decisions")),
+            split=split,
+        )
+    for name in ("labels", "constraints", "decisions"):
+        if name in document:
+            raise SchemaError(f"[{name}] belongs to kind = 'fraud'")
     items = None
     if document.get("items") is not None:
         items = ItemTable(**_typed("[items]", _table(document, "items"), _ITEMS, ("path", "id")))
@@ -167,8 +218,22 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
 
 def schema_to_dict(schema: Schema) -> dict[str, Any]:
     """The document that `schema_from_dict` reads back to an equal schema."""
-    flat = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(schema).items() if v is not None}
+    flat: dict[str, Any] = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(schema).items() if v is not None
+    }
     document: dict[str, Any] = {"kind": flat.pop("kind"), "split": flat.pop("split")}
+    if isinstance(schema, FraudSchema):
+        delay_days, limits = flat.pop("label_delay_days", None), schema.constraints
+        flat |= {"groups": [list(group) for group in schema.groups]}
+        document |= {"labels": {} if delay_days is None else {"delay_days": delay_days}}
+        document |= {"constraints": {
+            **{role: list(getattr(limits, role)) for role in ("integer", "increasing", "decreasing")},
+            **{role: {k: list(v) for k, v in getattr(limits, role).items()} for role in ("bounds", "times", "values")},
+            "relations": [f"{smaller} <= {larger}" for smaller, larger in limits.relations],
+        }}  # fmt: skip
+        chosen = {k: v for k, v in flat.pop("decisions").items() if v is not None}
+        document |= {"decisions": chosen}
+        del flat["constraints"]
     items: Any = flat.pop("items", None)
     if items is not None:
         document["items"] = {k: list(v) if isinstance(v, tuple) else v for k, v in items.items()}
@@ -176,9 +241,15 @@ def schema_to_dict(schema: Schema) -> dict[str, Any]:
 
 
 _STRING, _STRINGS, _NUMBER, _FLAG = "a string", "a list of strings", "a number", "true or false"
+_GROUPS, _CHOICES = "a list of lists of strings", "a table of lists of strings"
+_PAIR, _RANGES, _COSTS = "[low, high]", "a table of [low, high]", "a table of numbers"
 _FRAUD = {
     "timestamp": _STRING, "label": _STRING, "id": _STRING, "amount": _STRING,
-    "entities": _STRINGS, "numeric": _STRINGS, "categorical": _STRINGS, "immutable": _STRINGS,
+    "entities": _STRINGS, "numeric": _STRINGS, "categorical": _STRINGS, "immutable": _STRINGS, "groups": _GROUPS,
+}  # fmt: skip
+_CONSTRAINTS = {
+    "integer": _STRINGS, "increasing": _STRINGS, "decreasing": _STRINGS, "relations": _STRINGS,
+    "bounds": _RANGES, "times": _RANGES, "values": _CHOICES,
 }  # fmt: skip
 _RECOMMEND = {"user": _STRING, "item": _STRING, "timestamp": _STRING, "weight": _STRING}
 _ITEMS = {"path": _STRING, "id": _STRING, "text": _STRINGS, "categorical": _STRINGS}
@@ -208,13 +279,55 @@ def _typed(
     values: dict[str, Any] = {}
     for name, value in table.items():
         kind = kinds[name]
-        fits = {
-            _STRING: isinstance(value, str) and bool(value),
-            _STRINGS: isinstance(value, list) and all(isinstance(v, str) and v for v in value),
-            _NUMBER: isinstance(value, int | float) and not isinstance(value, bool),
-            _FLAG: isinstance(value, bool),
-        }[kind]
-        if not fits:
+        if not _fits(value, kind):
             raise SchemaError(f"{where}: {name} = {value!r}; expected {kind}")
-        values[name] = tuple(cast("list[str]", value)) if kind == _STRINGS else value
+        values[name] = _frozen(value)
     return values
+
+
+def _fits(value: Any, kind: str) -> bool:
+    many, table = isinstance(value, list), isinstance(value, Mapping)
+    return {
+        _STRING: lambda: isinstance(value, str) and bool(value),
+        _NUMBER: lambda: isinstance(value, int | float) and not isinstance(value, bool),
+        _FLAG: lambda: isinstance(value, bool),
+        _STRINGS: lambda: many and all(_fits(v, _STRING) for v in value),
+        _GROUPS: lambda: many and all(_fits(v, _STRINGS) for v in value),
+        _CHOICES: lambda: table and all(_fits(v, _STRINGS) for v in value.values()),
+        _RANGES: lambda: table and all(_fits(v, _PAIR) for v in value.values()),
+        _COSTS: lambda: table,
+        _PAIR: lambda: many and len(value) == 2 and all(_fits(v, _NUMBER) for v in value),
+    }[kind]()
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(v) for v in value)
+    return {k: _frozen(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _constraints(table: Mapping[str, Any]) -> Constraints:
+    values = _typed("[constraints]", table, _CONSTRAINTS)
+    pairs = []
+    for relation in values.pop("relations", ()):
+        smaller, sign, larger = (part.strip() for part in relation.partition("<="))
+        if not (smaller and sign and larger):
+            raise SchemaError(f"[constraints]: relation {relation!r}; expected 'smaller_column <= larger_column'")
+        pairs.append((smaller, larger))
+    try:
+        return Constraints(relations=tuple(pairs), **values)
+    except ConfigError as error:
+        raise SchemaError(f"[constraints]: {error}") from error
+
+
+def _decisions(table: Mapping[str, Any]) -> DecisionSettings:
+    kinds = {"target_fpr": _NUMBER, "review_fpr": _NUMBER, "costs": _COSTS}
+    values = _typed("[decisions]", table, kinds)
+    try:
+        if "costs" in values:
+            numbers = dict.fromkeys(("missed_fraud", "declined_good", "review", "review_finds"), _NUMBER)
+            given = _typed("[decisions.costs]", values["costs"], numbers, ("declined_good", "review"))
+            values["costs"] = Costs(**given)
+        return DecisionSettings(**values)
+    except ConfigError as error:
+        raise SchemaError(f"[decisions]: {error}") from error

@@ -30,7 +30,7 @@ from assay_features.definitions import (
     Window,
     entity_columns,
 )
-from assay_features.events import KEY_SEPARATOR, Events, Keys
+from assay_features.events import KEY_SEPARATOR, Events, Keys, key_column
 from assay_features.kernels import HEADER, LAST_TIME, POSITION, Program
 
 Floats = NDArray[np.float64]
@@ -197,7 +197,7 @@ class StateLayout:
             if given.column is None:
                 values: Floats | float = 1.0
             elif given.is_key:
-                values = _numbered(_column(events.keys, given.column, "key"))
+                values = _numbered(key_column(events, given.column))
             else:
                 values = number_column(events, given.column)
             out[:, i] = values if given.where is None else np.where(passes[given.where], values, np.nan)
@@ -265,7 +265,7 @@ def entity_keys(entity: Entity, events: Events) -> Keys:
     Raises:
         DataError: a column is not there.
     """
-    columns = [_column(events.keys, name, "entity") for name in entity_columns(entity)]
+    columns = [key_column(events, name) for name in entity_columns(entity)]
     if len(columns) == 1:
         return columns[0]
     out = np.empty(len(events), dtype=object)
@@ -296,7 +296,7 @@ def _table(rows: list[list[int]], width: int) -> Index:
 
 def _passes(where: Where, events: Events) -> NDArray[np.bool_]:
     if where.values:
-        keys = _column(events.keys, where.column, "key")
+        keys = key_column(events, where.column)
         if len(keys) == 1:
             return np.array([keys[0] in where.values])
         return np.asarray(pd.Series(keys).isin(where.values))

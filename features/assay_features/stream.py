@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from assay_features.batch import EntityStates, RecentValues
 from assay_features.definitions import Entity, FeaturePlan, entity_columns, entity_name
-from assay_features.events import KEY_SEPARATOR, Events, Keys
+from assay_features.events import KEY_SEPARATOR, Events, Keys, key_column
 from assay_features.state import Floats, Index, StateLayout, Times, entity_keys, last_times, positions
 from assay_features.vectors import NEVER_US, RecordKeys, ViewLayout
 
@@ -408,14 +408,14 @@ class _Columns:
 
     def check(self, events: Events) -> None:
         for name in self._keys:
-            if name not in events.keys:
+            if name not in events.keys and name not in events.numbers:
                 raise DataError(f"the events have no key column {name!r}, which the feature plan needs")
         for name in self._numbers:
             if name not in events.numbers:
                 raise DataError(f"the events have no numeric column {name!r}, which the feature plan needs")
 
     def encode(self, events: Events) -> bytes:
-        texts = {name: events.keys[name].tolist() for name in self._keys}
+        texts = {name: key_column(events, name).tolist() for name in self._keys}
         document = json.dumps([texts, None if events.ids is None else events.ids.tolist()]).encode()
         numbers = [events.numbers[name].astype("<f8").tobytes() for name in self._numbers]
         return b"".join(

@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--plan", type=Path, metavar="FILE.json",
                              help="these features instead of those that the schema gives (fraud); "
                                   "`assay features plan`, `discover` and `embed` write such files")  # fmt: skip
+        command.add_argument("--rules", type=Path, metavar="FILE.toml",
+                             help="allow and block lists and limits that decide before the model (fraud)")  # fmt: skip
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip

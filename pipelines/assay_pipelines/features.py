@@ -116,28 +116,33 @@ def run_backfill(options: RunOptions, call: argparse.Namespace, reporter: Report
     """Compute features of a table of any size, register them, load the online states."""
     from assay_features.backfill import backfill
     from assay_features.feast.repository import FeatureRepository
+    from assay_features.reports import plan_parts
     from assay_features.stream import StreamSettings
     from assay_platform.tasks.cluster import ray_cluster
 
     from assay_pipelines.datasets.table import chunked_source, recent_ids
 
-    plan = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
-    folder = options.feature_repository / "backfill" / plan.version
-    source = chunked_source(options.table, options.schema, plan, options.feature_repository / "backfill")
-    with ray_cluster(), reporter.stage("backfill", "Compute features") as stage:
-        result = backfill(plan, source, folder, num_partitions=call.partitions, on_progress=stage.update)
-    with reporter.stage("register", "Register in Feast"):
-        repository = FeatureRepository(options.feature_repository)
-        repository.register(
-            plan,
-            {entity: result.features(entity) for entity in plan.entities if plan.of_entity(entity)},
-            {entity: result.states_folder(entity) for entity in plan.entities},
-            schema=schema_to_dict(options.schema),
-        )
+    whole = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
     ids = recent_ids(options.table, options.schema, StreamSettings().allowed_lateness_s)
-    num_keys = _materialize(repository, plan, reporter, ids)
-    repository.close()
-    say(f"{options.model_name}: plan {plan.version}, {source.num_rows:,} events, {num_keys:,} keys online")
+    scratch = options.feature_repository / "backfill"
+    for plan, reports in plan_parts(whole, options.schema):
+        source = chunked_source(options.table, options.schema, plan, scratch, reports=reports)
+        what = "Compute features" if reports is None else "Compute features of reports"
+        with ray_cluster(), reporter.stage("backfill", what) as stage:
+            result = backfill(
+                plan, source, scratch / plan.version, num_partitions=call.partitions, on_progress=stage.update
+            )
+        with reporter.stage("register", "Register in Feast"):
+            repository = FeatureRepository(options.feature_repository)
+            repository.register(
+                plan,
+                {entity: result.features(entity) for entity in plan.entities if plan.of_entity(entity)},
+                {entity: result.states_folder(entity) for entity in plan.entities},
+                schema=schema_to_dict(options.schema),
+            )
+        num_keys = _materialize(repository, plan, reporter, ids if reports is None else None)
+        repository.close()
+        say(f"{options.model_name}: plan {plan.version}, {source.num_rows:,} events, {num_keys:,} keys online")
     return 0
 
 
@@ -206,47 +211,60 @@ def run_verify(options: RunOptions, call: argparse.Namespace, reporter: Reporter
 
     from assay_features.batch import features_at
     from assay_features.feast.repository import FeatureRepository
+    from assay_features.reports import plan_parts
     from assay_features.state import entity_keys
 
     from assay_pipelines.datasets.table import load_table
 
-    plan = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
+    whole = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
     with reporter.stage("load", "Read and check the table"):
         events = load_table(options.table, options.schema).events
         events = events.take(slice(max(0, len(events) - call.rows), None))
-    with reporter.stage("batch", "Compute in batch"):
-        batch = features_at(plan, events, events)
     num_cells, worst = 0, 0.0
-    with tempfile.TemporaryDirectory(prefix="assay-verify-") as scratch, reporter.stage("stream", "Replay") as stage:
-        stream = FeatureRepository(Path(scratch) / "verify").online(plan)
-        keys = {entity: entity_keys(entity, events) for entity in plan.entities if plan.of_entity(entity)}
-        for i in range(len(events)):
-            moment = events.time_us[i : i + 1]
-            read = stream.read({entity: [column[i]] for entity, column in keys.items()}, moment)
-            for name, value in read.values.items():
-                expected, got = float(batch[name][i]), float(value[0])
-                same = (np.isnan(expected) and np.isnan(got)) or abs(expected - got) <= _TOLERANCE * max(
-                    1, abs(expected)
-                )
-                if not same:
-                    raise WorkError(
-                        f"{options.table}: event {i + 1} of the newest {len(events)}: {name} is {got!r} in the stream "
-                        f"and {expected!r} in batch"
-                    )
-                worst = max(worst, 0.0 if np.isnan(expected) else abs(expected - got))
-                num_cells += 1
-            stream.push(events.take(slice(i, i + 1)))
-            if i % 500 == 0:
-                stage.update(i / len(events), f"{num_cells:,} cells")
-        stream.close()
+    for plan, reports in plan_parts(whole, options.schema):
+        source = events if reports is None else reports.of(events)
+        with reporter.stage("batch", "Compute in batch"):
+            batch = features_at(plan, source, events)
+        with (
+            tempfile.TemporaryDirectory(prefix="assay-verify-") as folder,
+            reporter.stage("stream", "Replay") as stage,
+        ):
+            stream = FeatureRepository(Path(folder) / "verify").online(plan)
+            keys = {entity: entity_keys(entity, events) for entity in plan.entities if plan.of_entity(entity)}
+            # An event sees what is strictly earlier, so all up to its own moment goes first.
+            come_first = np.searchsorted(source.time_us, events.time_us, side="left")
+            pushed = 0
+            for i in range(len(events)):
+                if come_first[i] > pushed:
+                    stream.push(source.take(slice(pushed, int(come_first[i]))))
+                    pushed = int(come_first[i])
+                read = stream.read({e: [column[i]] for e, column in keys.items()}, events.time_us[i : i + 1])
+                for name, value in read.values.items():
+                    expected, got = float(batch[name][i]), float(value[0])
+                    if not _same(expected, got):
+                        raise WorkError(
+                            f"{options.table}: event {i + 1} of the newest {len(events)}: {name} is {got!r} in the "
+                            f"stream and {expected!r} in batch"
+                        )
+                    worst = max(worst, 0.0 if np.isnan(expected) else abs(expected - got))
+                    num_cells += 1
+                if i % 500 == 0:
+                    stage.update(i / len(events), f"{num_cells:,} cells")
+            stream.close()
     say(f"{len(events):,} events, {num_cells:,} cells: stream and batch agree, the largest difference is {worst:g}")
     return 0
+
+
+def _same(expected: float, got: float) -> bool:
+    both_missing = bool(np.isnan(expected) and np.isnan(got))
+    return both_missing or abs(expected - got) <= _TOLERANCE * max(1.0, abs(expected))
 
 
 def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
     """Search for features on all but the test period of a labelled table."""
     from assay_features.discovery import DiscoverySettings, discover
     from assay_features.events import Reports
+    from assay_features.reports import reports_of
 
     from assay_pipelines.datasets.table import load_table
 
@@ -256,7 +274,7 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
         events = load_table(options.table, schema).events
         # The test period is never looked at, here as little as in a run.
         events = events.take(slice(0, int(len(events) * (schema.split.train + schema.split.validation))))
-    reports = None
+    reports = reports_of(schema)
     if call.label_delay is not None:
         if not 0 <= call.label_delay <= _MAX_DELAY_DAYS:
             raise InputError(f"--label-delay {call.label_delay:g}: expected 0 to {_MAX_DELAY_DAYS} days")
@@ -283,9 +301,11 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
         say("nothing lifts every later period for sure, so nothing is kept")
         return 0
     say(found.as_code())
-    if reports is not None and any(reports.column in FeaturePlan((d,)).number_columns() for d in found.kept):
-        say(f"windows over {reports.column!r} read labels {call.label_delay:g} days after their event; "
-            "`assay run --plan` and the stream do not take reports yet, `features_at(…, reports=…)` does")  # fmt: skip
+    if reports is not None and FeaturePlan(found.kept).split(reports.column)[0].definitions:
+        days = reports.delay_s / 86_400
+        if schema.label_delay_days != days:
+            say(f"{reports.column!r} is read {days:g} days after its event; with `delay_days = {days:g}` under "
+                "[labels] in the schema, `assay run --plan` takes these features")  # fmt: skip
     if call.out:
         write_json(call.out, FeaturePlan(found.kept).to_dict())
         say(f"written to {call.out}")
@@ -363,10 +383,17 @@ def _repository(
         raise InputError(f"{model!r} has no features; known are {', '.join(known) or 'none'}")
     repository = FeatureRepository(folder)
     plans = repository.plans()
-    chosen = version or list(plans)[-1]
+    # Features of reports are fed by `POST /v1/labels`, so the plan to work on is the newest of the others.
+    of_events = [v for v, (plan, document) in plans.items() if not _reads_labels(plan, document)]
+    chosen = version or of_events[-1]
     if chosen not in plans:
         raise InputError(f"--plan {chosen!r}: {model} has the plans {', '.join(plans)}")
     return repository, chosen, *plans[chosen]
+
+
+def _reads_labels(plan: FeaturePlan, document: object) -> bool:
+    label = document.get("columns", {}).get("label") if isinstance(document, dict) else None
+    return label in plan.number_columns()
 
 
 def _schema(document: object, model: str) -> Schema:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from assay_features.definitions import FeaturePlan
+from assay_features.rules import Rule
 from assay_features.schema import Schema
 from assay_platform.config import Config
 from assay_platform.errors import ConfigError
@@ -17,7 +18,7 @@ class RunOptions:
 
     data: name of the data set or path, as the user gave it. budget_s: seconds for the search. max_trials: an
     upper limit besides. num_held_back: newest rows that the run must not see at all (the demo replays them).
-    plan: features instead of those that the schema gives by itself (fraud).
+    plan: features instead of those that the schema gives by itself (fraud). rules: decide before the model (fraud).
     """
 
     config: Config
@@ -34,6 +35,7 @@ class RunOptions:
     num_held_back: int = 0
     refit_on_all: bool = True
     plan: FeaturePlan | None = None
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:

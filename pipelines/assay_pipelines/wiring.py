@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from assay_features.definitions import FeaturePlan
+from assay_features.rules import Rule, read_rules
 from assay_features.schema import FraudSchema, RecommendSchema, Schema, read_schema
 from assay_platform.config import Config, load_config
 from assay_platform.errors import InputError
@@ -116,7 +117,9 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
     options = make_options(
         config, call.application, call.data, schema_file=call.schema, name=call.name, reporter=reporter
     )
-    return replace(options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call))
+    return replace(
+        options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call), rules=_rules(call)
+    )
 
 
 def _plan(call: argparse.Namespace) -> FeaturePlan | None:
@@ -125,6 +128,14 @@ def _plan(call: argparse.Namespace) -> FeaturePlan | None:
     if call.application != "fraud":
         raise InputError(f"--plan {call.plan}: a recommender's features follow from its schema; --plan is for fraud")
     return read_plan(call.plan)
+
+
+def _rules(call: argparse.Namespace) -> tuple[Rule, ...]:
+    if call.rules is None:
+        return ()
+    if call.application != "fraud":
+        raise InputError(f"--rules {call.rules}: rules decide on events; --rules is for fraud")
+    return read_rules(call.rules)
 
 
 def run_application(options: RunOptions, reporter: Reporter) -> RunReport:
@@ -200,6 +211,9 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
             # Trained tables need not travel: they are in the feature repository, below ASSAY_HOME.
             write_json(folder / "assay-feature-plan.json", plan.to_dict())
             command += ["--plan", "assay-feature-plan.json"]
+        if _rules(call):
+            shutil.copyfile(call.rules, folder / "assay-rules.toml")
+            command += ["--rules", "assay-rules.toml"]
         if call.data in CATALOGUE:
             command += ["--data", call.data]
         else:

@@ -1,5 +1,6 @@
 """The scoring application: `create_app(deps)` is plain ASGI, alone in a process or inside Ray Serve."""
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,11 +22,15 @@ from assay_services.hot_swap import Follower, Slot
 from assay_services.limits import Gatekeeper
 from assay_services.problems import ProblemError, install
 from assay_services.recommend import ItemRecommender
+from assay_services.records import DecisionRecords
 from assay_services.schemas import (
+    DecisionRecord,
     EventsRequest,
     EventsResponse,
     FraudRequest,
     FraudResponse,
+    LabelsRequest,
+    LabelsResponse,
     LoadedModel,
     ModelRef,
     ModelsResponse,
@@ -65,11 +70,18 @@ class _Repositories:
 
     root: Path
     _open: dict[str, FeatureRepository] = field(default_factory=dict)
+    _records: dict[str, DecisionRecords] = field(default_factory=dict)
 
     def get(self, name: str) -> FeatureRepository:
         if name not in self._open:
             self._open[name] = FeatureRepository(self.root / name)
         return self._open[name]
+
+    def records(self, name: str) -> DecisionRecords:
+        """Where decisions of a model name are kept."""
+        if name not in self._records:
+            self._records[name] = DecisionRecords(self.root / name / "records")
+        return self._records[name]
 
     def tiers(self) -> dict[str, TieredStore]:
         """The tiers of those in use."""
@@ -79,6 +91,8 @@ class _Repositories:
         """Write what is in memory."""
         for repository in self._open.values():
             repository.close()
+        for records in self._records.values():
+            records.close()
 
 
 def make_dependencies(config: Config, *, fraud: str | None = None, recommend: str | None = None) -> Dependencies:
@@ -88,7 +102,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
     metrics.watch_tiers(repositories.tiers)
     fraud_slot: Slot[FraudScorer] = Slot(
         "fraud",
-        lambda name, folder: FraudScorer.load(folder, repositories.get(name)),
+        lambda name, folder: FraudScorer.load(folder, repositories.get(name), repositories.records(name)),
         metrics,
         pinned_name=fraud,
     )
@@ -148,10 +162,11 @@ def create_app(deps: Dependencies) -> FastAPI:
         """Calibrated fraud probabilities, decisions and, with `explain`, additive reasons."""
         check_batch(len(body.events))
         loaded = deps.fraud.require()
-        scores = loaded.model.score(body.events, explain=body.explain)
+        model = ModelRef(name=loaded.name, version=loaded.version)
+        scores = loaded.model.score(body.events, explain=body.explain, keep_as=model)
         for result in scores:
             deps.metrics.decisions.labels(result.decision).inc()
-        return FraudResponse(model=ModelRef(name=loaded.name, version=loaded.version), scores=scores)
+        return FraudResponse(model=model, scores=scores)
 
     @app.post("/v1/recommend", responses=_PROBLEMS)
     def recommend(body: RecommendRequest) -> RecommendResponse:
@@ -188,6 +203,8 @@ def create_app(deps: Dependencies) -> FastAPI:
         answer = EventsResponse(accepted={}, duplicates={}, late={})
         for application, model, batch in parsed:
             report = model.add(batch)
+            if isinstance(model, FraudScorer):
+                model.keep_events(body.events)
             deps.metrics.events.labels(application).inc(report.accepted)
             answer.accepted[application] = report.accepted
             if report.duplicates:
@@ -195,6 +212,23 @@ def create_app(deps: Dependencies) -> FastAPI:
             if report.late:
                 answer.late[application] = report.late
         return answer
+
+    @app.post("/v1/labels", status_code=202, responses=_PROBLEMS)
+    def labels(body: LabelsRequest) -> LabelsResponse:
+        """Chargebacks and findings: what became of events. The answer comes when they are in the features."""
+        if len(body.labels) > service.max_batch:
+            raise DataError(f"labels: {len(body.labels)} in one request; at most {service.max_batch} are allowed")
+        answer = deps.fraud.require().model.report(body.labels, now_s=time.time())
+        deps.metrics.labels.inc(answer.accepted)
+        return answer
+
+    @app.get("/v1/fraud/decisions/{event_id}", responses={**_PROBLEMS, 404: {"model": Problem}})
+    def decision(event_id: str) -> DecisionRecord:
+        """What was decided of an event, from which features, by which version, and what became of it."""
+        record = deps.fraud.require().model.record(event_id)
+        if record is None:
+            raise ProblemError(404, f"no event {event_id!r} was scored or posted here")
+        return DecisionRecord(id=event_id, **record)
 
     @app.get("/v1/models")
     def models() -> ModelsResponse:

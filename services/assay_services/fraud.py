@@ -1,52 +1,75 @@
 """Fraud scoring: columns → features from the store → model → decision and reasons."""
 
+import math
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from assay_features.definitions import FeaturePlan
-from assay_features.events import Events, events_from_records
+from assay_features.events import Events, canonical_key, events_from_records, timestamp_us
 from assay_features.feast.repository import FeatureRepository
+from assay_features.reports import plan_parts
 from assay_features.row_features import model_columns
+from assay_features.rules import Rule, rules_from_dict
 from assay_features.schema import FraudSchema, schema_from_dict
 from assay_features.state import entity_keys
 from assay_features.stream import PushReport
-from assay_platform.errors import ArtifactError
+from assay_platform.errors import ArtifactError, DataError
 from assay_platform.models.artifact import read_json
+from assay_platform.models.decisions import DECISIONS
 from assay_platform.models.fraud import FraudModel
 
-from assay_services.reasons import ReasonWriter
-from assay_services.schemas import FraudScore, Record
+from assay_services.reasons import ReasonWriter, rule_reason
+from assay_services.records import DecisionRecords
+from assay_services.schemas import FraudScore, Label, LabelsResponse, ModelRef, Record
+
+_MANY_ROWS = 16
 
 
 class FraudScorer:
     """One loaded fraud version with the features it was trained on."""
 
     def __init__(
-        self, model: FraudModel, schema: FraudSchema, plan: FeaturePlan, repository: FeatureRepository
+        self,
+        model: FraudModel,
+        schema: FraudSchema,
+        plan: FeaturePlan,
+        repository: FeatureRepository,
+        *,
+        rules: tuple[Rule, ...] = (),
+        records: DecisionRecords | None = None,
     ) -> None:
+        """records: where decisions are kept; without it none are."""
         self.schema, self.plan = schema, plan
         self._model = model
         self.fences = model.fences
-        self._online = repository.online(plan)
+        parts = plan_parts(plan, schema)
+        self._streams = [(part, repository.online(part)) for part, _ in parts]
+        self._reports = parts[1][1] if len(parts) > 1 else None
         self._tables = repository.embedding_tables(plan)
-        self._reasons = ReasonWriter(plan, model.feature_names)
+        self._reasons = ReasonWriter(plan, model.feature_names, usual=model.reference_columns())
+        self._rules, self._records = rules, records
 
     @staticmethod
-    def load(folder: Path, repository: FeatureRepository) -> "FraudScorer":
+    def load(folder: Path, repository: FeatureRepository, records: DecisionRecords | None = None) -> "FraudScorer":
         """Read the artifact and answer once, so that the first request finds everything warm."""
         companion = read_json(folder, "features")
         schema = schema_from_dict(companion["schema"])
         if not isinstance(schema, FraudSchema):
             raise ArtifactError(f"{folder}: features.json holds a schema for {schema.kind!r}")
-        scorer = FraudScorer(FraudModel.load(folder), schema, FeaturePlan.from_dict(companion["plan"]), repository)
+        plan = FeaturePlan.from_dict(companion["plan"])
+        rules = rules_from_dict(read_json(folder, "rules"))
+        scorer = FraudScorer(FraudModel.load(folder), schema, plan, repository, rules=rules, records=records)
         record: Record = dict.fromkeys((*schema.keys, *schema.numbers))
         for explain in (True, False):  # they take different paths through the net
-            scorer.score([{**record, schema.timestamp: 0}], explain=explain)
+            for num_rows in (1, _MANY_ROWS):
+                scorer.score([{**record, schema.timestamp: 0}] * num_rows, explain=explain)
         return scorer
 
-    def score(self, records: list[Record], *, explain: bool) -> list[FraudScore]:
-        """Score events as of their own timestamps.
+    def score(self, records: list[Record], *, explain: bool, keep_as: ModelRef | None = None) -> list[FraudScore]:
+        """Score events as of their own timestamps. keep_as: given, decisions on events with an id are kept under it.
 
         Raises:
             DataError: an event lacks a column or has a value that does not fit.
@@ -59,9 +82,11 @@ class FraudScorer:
             numbers=schema.numbers,
             id_column=schema.id or "id",
         )
-        keys = {entity: list(entity_keys(entity, events)) for entity in self.plan.entities}
-        history = self._online.read(keys, events.time_us)
-        columns = model_columns(self.plan, events, history.values, self._tables)
+        history: dict[str, Any] = {}
+        for part, stream in self._streams:
+            keys = {entity: list(entity_keys(entity, events)) for entity in part.entities}
+            history |= stream.read(keys, events.time_us).values
+        columns = model_columns(self.plan, events, history, self._tables)
         rows = self._model.encode(columns)
         base, contribution_NG = None, None
         if explain:
@@ -69,37 +94,119 @@ class FraudScorer:
             base, contribution_NG = explanation.base, explanation.contribution_NG
         else:
             scores = self._model.score(rows)
+        hits = [(rule, rule.holds(columns)) for rule in self._rules]
+        lists = {name: np.asarray(column).tolist() for name, column in columns.items()}
         out = []
         for i in range(len(events)):
-            reasons = []
-            if contribution_NG is not None:
-                reasons = self._reasons.write(contribution_NG[i], _row(columns, i))
+            held = [rule for rule, holds in hits if holds[i]]
+            reasons = [] if contribution_NG is None else self._reasons.write(contribution_NG[i], lists, i)
             out.append(
                 FraudScore(
                     id=None if events.ids is None else events.ids[i],
                     score=float(scores.probability[i]),
-                    decision="decline" if scores.decline[i] else "approve",
-                    threshold=self._model.threshold,
+                    decision=held[0].action if held else DECISIONS[scores.decided.decision[i]],
+                    threshold=float(scores.decided.threshold[i]),
+                    rules=[rule.name for rule in held],
                     base=base,
-                    reasons=reasons,
+                    reasons=[*(rule_reason(rule) for rule in held), *reasons] if explain else [],
                 )
             )
+        if keep_as is not None and self._records is not None:
+            self._records.remember(self._kept(records, lists, out, keep_as))
         return out
+
+    def _kept(
+        self, records: list[Record], lists: dict[str, list[Any]], scores: list[FraudScore], model: ModelRef
+    ) -> dict[str, Record]:
+        now_s = time.time()
+        kept = {}
+        for i, (record, score) in enumerate(zip(records, scores, strict=True)):
+            if score.id is not None:
+                features = {name: _plain(lists[name][i]) for name in self._model.feature_names}
+                decision = {
+                    "model": model.model_dump(),
+                    "decided_at": now_s,
+                    "features": features,
+                    **score.model_dump(),
+                }
+                kept[score.id] = {"event": record, "decision": decision}
+        return kept
 
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""
-        return events_from_records(
-            records,
-            timestamp=self.schema.timestamp,
-            keys=self.plan.key_columns(),
-            numbers=self.plan.number_columns(),
-            id_column=self.schema.id or "id",
-        )
+        return self._parsed(self._streams[0][0], records)
 
     def add(self, events: Events) -> PushReport:
         """Fold events into the online features."""
-        return self._online.push(events)
+        return self._streams[0][1].push(events)
+
+    def keep_events(self, records: list[Record]) -> None:
+        """Keep events that may be reported later, as they came."""
+        if self._records is not None:
+            named = {self._id_of(record): {"event": record} for record in records}
+            self._records.remember({name: fields for name, fields in named.items() if name is not None})
+
+    def record(self, event_id: str) -> Record | None:
+        """What is kept of an event."""
+        return None if self._records is None else self._records.get(event_id)
+
+    def report(self, labels: list[Label], *, now_s: float) -> LabelsResponse:
+        """Take in what became of events; a fraud counts in the features of all that it has in common with others.
+
+        Raises:
+            DataError: an event that came along, or a time, does not fit; nothing was taken in.
+        """
+        answer = LabelsResponse(accepted=0)
+        frauds: list[tuple[int, str, Record, int]] = []
+        known: dict[str, Record] = {}
+        for i, label in enumerate(labels):
+            name = canonical_key(label.id)
+            if name is None:
+                raise DataError(f"labels[{i}].id: is empty")
+            record = known.get(name) or (self._records.get(name) if self._records is not None else None) or {}
+            event = label.event if label.event is not None else record.get("event")
+            if event is None:
+                answer.unknown.append(i)
+                continue
+            if record.get("label", {}).get("fraud") == label.fraud:
+                answer.duplicates.append(i)
+                continue
+            try:
+                time_us = timestamp_us(now_s if label.reported_at is None else label.reported_at)
+            except ValueError as error:
+                raise DataError(f"labels[{i}].reported_at: {error}") from error
+            known[name] = {**record, "event": event, "label": {"fraud": label.fraud, "reported_at": time_us / 1e6}}
+            if label.fraud and not record.get("label", {}).get("fraud"):
+                frauds.append((i, name, event, time_us))
+        if frauds and self._reports is not None:
+            self._push_reports(frauds)
+        if self._records is not None:
+            self._records.remember({n: {k: r[k] for k in ("event", "label")} for n, r in known.items()})
+        answer.accepted = len(labels) - len(answer.duplicates) - len(answer.unknown)
+        return answer
+
+    def _push_reports(self, frauds: list[tuple[int, str, Record, int]]) -> None:
+        assert self._reports is not None
+        part, stream = self._streams[1]
+        column = self._reports.column
+        records = [{**event, column: 1, self.schema.id or "id": name} for _, name, event, _ in frauds]
+        events = self._parsed(part, records, [f"labels[{i}].event" for i, *_ in frauds])
+        times = np.array([time_us for *_, time_us in frauds], dtype=np.int64)
+        order = np.argsort(times, kind="stable")
+        stream.push(replace(events, time_us=times).take(order))
+
+    def _parsed(self, plan: FeaturePlan, records: list[Record], places: list[str] | None = None) -> Events:
+        label = () if self._reports is None else (self._reports.column,)
+        keys, numbers = plan.inputs((*self.schema.numbers, *label))
+        return events_from_records(
+            records, timestamp=self.schema.timestamp, keys=keys, numbers=numbers, id_column=self.schema.id or "id",
+            places=places,
+        )  # fmt: skip
+
+    def _id_of(self, record: Record) -> str | None:
+        return canonical_key(record.get(self.schema.id or "id"))
 
 
-def _row(columns: dict[str, Any], i: int) -> dict[str, Any]:
-    return {name: np.asarray(column, dtype=object)[i] for name, column in columns.items()}
+def _plain(value: Any) -> float | str | None:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,6 +1,7 @@
 """Contributions as sentences."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from assay_features.definitions import (
     Latest,
     Ratio,
     SinceLatest,
+    Where,
     Window,
     duration_name,
     entity_columns,
 )
+from assay_features.rules import Rule
 from numpy.typing import NDArray
 
 from assay_services.schemas import Reason
@@ -38,7 +41,11 @@ class ReasonWriter:
     the column's.
     """
 
-    def __init__(self, plan: FeaturePlan, feature_names: tuple[str, ...]) -> None:
+    def __init__(
+        self, plan: FeaturePlan, feature_names: tuple[str, ...], usual: Mapping[str, float | str | None] | None = None
+    ) -> None:
+        """usual: what a typical legitimate event has, which contributions are against."""
+        self._usual = usual or {}
         vector_of = {name: embedding.name for embedding in plan.embeddings for name in embedding.names}
         shown = [vector_of.get(name, name) for name in feature_names]
         self._names = tuple(dict.fromkeys(shown))
@@ -46,14 +53,16 @@ class ReasonWriter:
         self._definitions = {d.name: d for d in plan.definitions}
         self._value_of = {embedding.name: embedding.column for embedding in plan.embeddings}
 
-    def write(self, contribution_G: NDArray[np.float64], values: dict[str, Any]) -> list[Reason]:
-        """values: the model's columns of this one event. The contributions add up to all of them."""
+    def write(
+        self, contribution_G: NDArray[np.float64], columns: Mapping[str, Sequence[Any]], row: int
+    ) -> list[Reason]:
+        """columns: the model's columns. The contributions add up to all of them."""
         shares = np.bincount(self._place_G, weights=contribution_G, minlength=len(self._names))
         order = np.argsort(-np.abs(shares), kind="stable")
         reasons = []
         for i in order[:NUM_REASONS]:
             name = self._names[i]
-            value, share = _plain(values[self._value_of.get(name, name)]), float(shares[i])
+            value, share = _plain(columns[self._value_of.get(name, name)][row]), float(shares[i])
             reasons.append(Reason(feature=name, value=value, contribution=share, text=self._text(name, value, share)))
         rest = float(shares[order[NUM_REASONS:]].sum())
         text = f"{len(order[NUM_REASONS:])} other features together {_effect(rest)}"
@@ -83,13 +92,43 @@ class ReasonWriter:
         elif isinstance(definition, Embedding):
             body = f"{definition.column} is {shown}, by what was learned of it"
         elif isinstance(definition, Ratio):
-            body = f"{definition.numerator} is {shown} times {definition.denominator}"
+            body = self._ratio(definition, value, shown)
         else:
             body = f"{name} is {shown}"
         where = getattr(definition, "where", None)
         if where is not None:
             body += f" (where {where.name.replace('_', ' ')})"
-        return f"{body}; this {_effect(share)}"
+        return f"{body}{self._compared(name, value)}; this {_effect(share)}"
+
+    def _compared(self, name: str, value: float | str | None) -> str:
+        usual = self._usual.get(name)
+        if usual is None or usual == value:
+            return ""
+        return f", usual is {usual if isinstance(usual, str) else f'{usual:,.4g}'}".replace(chr(31), " with ")
+
+    def _ratio(self, ratio: Ratio, value: float | str | None, shown: str) -> str:
+        frauds = self._definitions.get(ratio.numerator)
+        if ratio.less is None or not isinstance(frauds, Window):
+            return f"{ratio.numerator} is {shown} times {ratio.denominator}"
+        of = f"the payments of this {_who(frauds.entity)} in {duration_name(frauds.length_s)}"
+        if value is None:
+            return f"none of {of} is old enough to be judged"
+        return f"{100 * float(value):.3g} % of {of} were reported as fraud"
+
+
+def rule_reason(rule: Rule) -> Reason:
+    """A rule that holds, among the reasons; it moves no score, so it contributes nothing."""
+    texts = [
+        f"{w.column} is one of {', '.join(w.values)}" if w.values else f"{w.column} is {_bounds(w)}" for w in rule.when
+    ]
+    text = f"rule '{rule.name}' says {rule.action}: {' and '.join(texts)}"
+    return Reason(feature=f"rule: {rule.name}", value=None, contribution=0.0, text=text)
+
+
+def _bounds(where: Where) -> str:
+    low = "" if where.at_least is None else f"{where.at_least:g} or more"
+    high = "" if where.below is None else f"below {where.below:g}"
+    return " and ".join(part for part in (low, high) if part)
 
 
 def _who(entity: Entity) -> str:

@@ -35,12 +35,16 @@ class Reason(BaseModel):
 
 
 class FraudScore(BaseModel):
-    """score is a calibrated probability. With `explain`, sigmoid(base + Σ contribution) = score."""
+    """score is a calibrated probability. With `explain`, sigmoid(base + Σ contribution) = score.
+
+    threshold: from this score on, decline. rules: names of the rules that hold; the first of them made the decision.
+    """
 
     id: str | None
     score: float
-    decision: Literal["approve", "decline"]
+    decision: Literal["approve", "review", "decline"]
     threshold: float
+    rules: list[str] = []
     base: float | None = None
     reasons: list[Reason] = []
 
@@ -94,6 +98,44 @@ class EventsResponse(BaseModel):
     accepted: dict[str, int]
     duplicates: dict[str, list[int]]
     late: dict[str, list[int]]
+
+
+class Label(_Body):
+    """What became of an event. reported_at: when it was learned, epoch seconds or ISO 8601; now by default.
+
+    event: the event's columns, for one that was neither scored nor posted here.
+    """
+
+    id: str | int
+    fraud: bool
+    reported_at: str | float | None = None
+    event: Record | None = None
+
+
+class LabelsRequest(_Body):
+    """Chargebacks and findings as they come in. Frauds change the features of what they have in common with others."""
+
+    labels: Annotated[list[Label], Field(min_length=1)]
+
+
+class LabelsResponse(BaseModel):
+    """accepted: how many were taken in. duplicates: places of labels that were known already.
+
+    unknown: places of labels whose event is not known; send its columns as `event`.
+    """
+
+    accepted: int
+    duplicates: list[int] = []
+    unknown: list[int] = []
+
+
+class DecisionRecord(BaseModel):
+    """An event as it came, the decision with the feature vector that it was made from, and what was reported since."""
+
+    id: str
+    event: Record | None = None
+    decision: Record | None = None
+    label: Record | None = None
 
 
 class LoadedModel(BaseModel):

@@ -4,9 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from assay_features.batch import EntityStates, features_at, final_states
-from assay_features.definitions import Decay, EntityFeature, FeaturePlan, Latest, Sequence, SinceLatest, Where, Window
-from assay_features.events import KEY_SEPARATOR, Events, Reports
+from assay_features.batch import EntityStates, History, features_at, final_states
+from assay_features.definitions import (
+    Decay,
+    EntityFeature,
+    FeaturePlan,
+    Latest,
+    Ratio,
+    Sequence,
+    SinceLatest,
+    Where,
+    Window,
+)
+from assay_features.events import KEY_SEPARATOR, Events, Reports, key_column
+from assay_features.row_features import model_columns
 from assay_features.state import StateLayout, entity_keys
 from assay_platform.errors import DataError
 from hypothesis import given, settings
@@ -314,7 +325,7 @@ def test_a_column_that_is_not_there_is_named() -> None:
     events = card_events([0])
     for plan, missing in (
         (FeaturePlan((Latest(entity="card", column="price"),)), "numeric column 'price'"),
-        (FeaturePlan((SinceLatest(entity="device"),)), "entity column 'device'"),
+        (FeaturePlan((SinceLatest(entity="device"),)), "key column 'device'"),
         (FeaturePlan((SinceLatest(entity="card", where=Where(column="shop", values=("a",))),)), "key column 'shop'"),
     ):
         with pytest.raises(DataError, match=missing):
@@ -347,16 +358,62 @@ def test_reports_are_seen_only_after_their_delay() -> None:
     card = np.array([f"c{k}" for k in rng.integers(0, 4, 300)], dtype=object)
     events = Events(times, {"card": card}, {"amount": rng.normal(size=300)}, labels=rng.random(300) < 0.3)
     assert events.labels is not None
-    reported = Window(entity="card", aggregate="mean", column="fraud", length_s=24, max_events=400)
-    payments = Window(entity="card", aggregate="count", length_s=24, max_events=400)
-    plan = FeaturePlan((reported, payments))
+    frauds = Window(entity="card", aggregate="sum", column="fraud", length_s=24, num_tiles=1, max_events=400)
+    counts = [Window(entity="card", aggregate="count", length_s=n, num_tiles=1, max_events=400) for n in (31, 7)]
+    share = Ratio(numerator=frauds.name, denominator=counts[0].name, less=counts[1].name)
+    plan = FeaturePlan((frauds, *counts, share))
     found = features_at(plan, events, events, reports=Reports("fraud", 7))
-    alone = features_at(FeaturePlan((payments,)), events, events)
-    np.testing.assert_array_equal(found[payments.name], alone[payments.name])
+    alone = features_at(FeaturePlan(tuple(counts)), events, events)
+    for count in counts:
+        np.testing.assert_array_equal(found[count.name], alone[count.name])
+    columns = model_columns(plan, events, found)
     for i in range(300):
         age = (times[i] - times) / 1_000_000 - 7
         known = (card == card[i]) & (age > 0) & (age <= 24)
-        expected = events.labels[known].mean() if known.any() else np.nan
-        np.testing.assert_allclose(found[reported.name][i], expected)
+        assert found[frauds.name][i] == events.labels[known].sum()
+        np.testing.assert_allclose(columns[share.name][i], events.labels[known].mean() if known.any() else np.nan)
     with pytest.raises(DataError, match="no labels, so nothing is reported as 'fraud'"):
         features_at(plan, Events(times, events.keys), events, reports=Reports("fraud", 7))
+
+
+def test_a_number_can_be_part_of_an_entity() -> None:
+    """The same amount at the same card, whether it came as a number, as text with zeros, or as a key column."""
+    amount = np.array([5.0, 68.5, 5.0, np.nan, 5.0, 68.5])
+    events = Events(
+        np.arange(6) * 1_000_000, {"card": np.array(["a", "a", "a", "a", "b", "a"], dtype=object)}, {"amount": amount}
+    )
+    plan = FeaturePlan((Window(entity=("card", "amount"), aggregate="count", length_s=100, num_tiles=1, max_events=9),))
+    expected = [0, 0, 1, np.nan, 0, 1]
+    np.testing.assert_array_equal(
+        features_at(plan, events, events)["card_and_amount__events__count__100s__exact"], expected
+    )
+    assert plan.inputs(("amount",)) == (("card",), ("amount",))
+    assert key_column(events, "amount").tolist() == ["5", "68.5", "5", None, "5", "68.5"]
+    assert key_column(events.take(slice(1, 2)), "amount").tolist() == ["68.5"]
+    with pytest.raises(DataError, match="key column 'shop'"):
+        key_column(events, "shop")
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), num_queries=st.integers(0, 40))
+def test_a_history_asked_with_few_queries_gives_what_the_whole_table_does(seed: int, num_queries: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    def some(num: int) -> Events:
+        card = np.array([None if k == 9 else f"c{k}" for k in rng.integers(0, 10, num)], dtype=object)
+        shop = np.array([f"s{k}" for k in rng.integers(0, 3, num)], dtype=object)
+        times = rng.integers(0, 500, num) * 1_000_000
+        return Events(times, {"card": card, "shop": shop}, {"amount": rng.integers(0, 4, num).astype(float)})
+
+    events, queries = some(200), some(num_queries)
+    plan = FeaturePlan((
+        Window(entity="card", aggregate="sum", column="amount", length_s=60),
+        Window(entity=("card", "shop"), aggregate="count", length_s=120),
+        Window(entity=("shop", "amount"), aggregate="distinct", column="card", length_s=240),
+        Decay(entity="shop", half_life_s=50),
+        SinceLatest(entity="card", where=Where(column="amount", at_least=2.0)),
+    ))  # fmt: skip
+    found, expected = History(plan, events).at(queries), features_at(plan, events, queries)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)

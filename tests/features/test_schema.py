@@ -34,8 +34,21 @@ def changed(**columns: object) -> dict[str, object]:
     ("document", "named"),
     [
         ({"kind": "spam"}, "'spam'"),
-        ({"kind": "fraud", "columns": {"timestamp": "t", "label": "y"}}, "'entities' is missing"),
-        (changed(entities=[]), "entities is empty"),
+        ({"kind": "fraud", "columns": {"timestamp": "t", "label": "y"}}, "a model needs one at least"),
+        (changed(groups=[["c"]]), "two columns or more"),
+        (changed(groups=[["c", "zzz"]]), "'zzz'"),
+        ({**FRAUD, "labels": {"delay_days": -1}}, "delay_days = -1"),
+        ({**FRAUD, "labels": {"delay": 1}}, "unknown field 'delay'"),
+        ({**FRAUD, "constraints": {"integer": ["c"]}}, "no numeric column"),
+        ({**FRAUD, "constraints": {"bounds": {"a": [2, 1]}}}, "must not be above"),
+        ({**FRAUD, "constraints": {"bounds": {"a": [2]}}}, r"a table of \[low, high\]"),
+        ({**FRAUD, "constraints": {"times": {"a": [2, 3]}}}, "must hold 1"),
+        ({**FRAUD, "constraints": {"relations": ["a < b"]}}, "smaller_column <= larger_column"),
+        ({**FRAUD, "constraints": {"increasing": ["a"], "decreasing": ["a"]}}, "increasing and decreasing"),
+        ({**FRAUD, "constraints": {"values": {"a": ["x"]}}}, "no category or entity"),
+        ({**FRAUD, "decisions": {"target_fpr": 2}}, "target_fpr = 2"),
+        ({**FRAUD, "decisions": {"costs": {"review": 1}}}, "'declined_good' is missing"),
+        ({**RECOMMEND, "labels": {}}, r"\[labels\] belongs"),
         (changed(entities="c"), "expected a list of strings"),
         (changed(colour="x"), "unknown field 'colour'"),
         (changed(amount="b"), "must also be listed in numeric"),
@@ -72,3 +85,18 @@ def test_a_column_may_be_entity_and_category_but_is_read_once() -> None:
     schema = schema_from_dict(changed(categorical=["c", "d"]))
     assert isinstance(schema, FraudSchema)
     assert schema.keys == ("c", "d")
+
+
+def test_all_that_a_fraud_schema_can_say_survives_the_round_trip() -> None:
+    document = {
+        **FRAUD,
+        "labels": {"delay_days": 7},
+        "constraints": {"bounds": {"a": [0, 5]}, "times": {"a": [0.5, 2]}, "integer": ["a"], "increasing": ["a"]},
+        "decisions": {"target_fpr": 0.01, "review_fpr": 0.05, "costs": {"declined_good": 20, "review": 3}},
+    }
+    schema = schema_from_dict(document)
+    assert isinstance(schema, FraudSchema)
+    assert schema.label_delay_days == 7
+    assert schema.constraints.bounds == {"a": (0, 5)}
+    assert schema.decisions.costs is not None
+    assert schema_from_dict(schema_to_dict(schema)) == schema

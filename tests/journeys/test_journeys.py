@@ -66,7 +66,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     spec.loader.exec_module(tables)
     folder = tmp_path_factory.mktemp("tables")
     tables.fraud_frame().to_csv(folder / "payments.csv", index=False)
-    (folder / "payments.toml").write_text(tables.FRAUD_SCHEMA)
+    (folder / "payments.toml").write_text(tables.REPORTED_SCHEMA)
     tables.interactions_frame().to_csv(folder / "clicks.csv", index=False)
     items = {"item_id": [f"i{i}" for i in range(60)], "title": [f"Item {i}" for i in range(60)]}
     pd.DataFrame({**items, "genre": [f"taste{i % 4}" for i in range(60)]}).to_csv(folder / "items.csv", index=False)
@@ -170,7 +170,10 @@ def test_scores_decisions_and_reasons_add_up(service: httpx.Client, files: dict[
         log_odds = result["base"] + sum(reason["contribution"] for reason in result["reasons"])
         assert 1 / (1 + np.exp(-log_odds)) == pytest.approx(result["score"], abs=1e-6)
         assert result["score"] == pytest.approx(same["score"], abs=1e-5)
-        assert result["decision"] == ("decline" if result["score"] >= result["threshold"] else "approve")
+        if result["score"] >= result["threshold"]:
+            assert result["decision"] == "decline"
+        else:
+            assert result["decision"] in ("approve", "review")
     assert body["scores"][0]["id"] == payment(files)["transaction_id"]
     assert body["scores"][1]["score"] > body["scores"][0]["score"] or body["scores"][0]["score"] > 0.1
 
@@ -226,6 +229,62 @@ def test_an_event_changes_the_features_within_500_ms(
     again = service.post("/v1/events", json={"events": [sent]}).json()
     assert (again["accepted"], again["duplicates"]) == ({"fraud": 0}, {"fraud": [0]})
     assert count("fresh-card") != before
+
+
+def test_a_reported_fraud_changes_the_score_of_what_it_has_in_common_and_is_on_record(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]]
+) -> None:
+    moment = int(payment(files)["datetime"])
+
+    def sent(name: str, offset: int) -> dict[str, Any]:
+        # A card of its own with enough payments that are old enough to be judged.
+        return payment(files, transaction_id=name, card_id="mule", datetime=moment + offset)
+
+    paid = [sent(f"mule{i}", 120 + i) for i in range(4)]
+    assert service.post("/v1/events", json={"events": paid}).json()["accepted"] == {"fraud": 4}
+    later = sent("mule-later", 90_000)
+    name = next(
+        key for key in _record(service, later)["decision"]["features"]
+        if key.startswith("card_id__fraud__sum__30d__over")
+    )  # fmt: skip
+    assert _record(service, later)["decision"]["features"][name] == 0.0
+    reported = {"id": "mule1", "fraud": True, "reported_at": moment + 80_000}
+    body = {"labels": [reported, {"id": "nobody knows", "fraud": True}]}
+    assert service.post("/v1/labels", json=body).json() == {"accepted": 1, "duplicates": [], "unknown": [1]}
+    record = _record(service, later)
+    assert record["decision"]["features"][name] == pytest.approx(0.25)
+    assert record["decision"]["model"]["name"] == "fraud-own"
+    assert record["event"]["card_id"] == "mule"
+    assert service.get("/v1/fraud/decisions/mule1").json()["label"] == {"fraud": True, "reported_at": moment + 80_000.0}
+    again = service.post("/v1/labels", json={"labels": [reported]}).json()
+    assert again == {"accepted": 0, "duplicates": [0], "unknown": []}
+    assert _record(service, later)["decision"]["features"][name] == pytest.approx(0.25)
+    # An event that was never seen here can come along with its label.
+    unseen = {"id": "elsewhere", "fraud": True, "reported_at": moment + 81_000, "event": sent("elsewhere", 50)}
+    assert service.post("/v1/labels", json={"labels": [unseen]}).json()["accepted"] == 1
+    assert _record(service, later)["decision"]["features"][name] == pytest.approx(0.5)
+    assert service.get("/v1/fraud/decisions/nothing").status_code == 404
+
+
+def _record(service: httpx.Client, event: dict[str, Any]) -> dict[str, Any]:
+    service.post("/v1/fraud/score", json={"events": [event]}).raise_for_status()
+    record: dict[str, Any] = service.get(f"/v1/fraud/decisions/{event['transaction_id']}").json()
+    return record
+
+
+@pytest.mark.parametrize(
+    ("label", "named"),
+    [
+        ({"id": "x"}, "labels.0.fraud"),
+        ({"id": "x", "fraud": True, "event": {}}, "labels[0].event.datetime"),
+        ({"id": " ", "fraud": True}, "labels[0].id"),
+        ({"id": "mule0", "fraud": True, "reported_at": "soon"}, "labels[0].reported_at"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_named(service: httpx.Client, label: dict[str, Any], named: str) -> None:
+    response = service.post("/v1/labels", json={"labels": [label]})
+    assert response.status_code == 422
+    assert named in response.json()["detail"]
 
 
 def test_recommendations_for_known_new_and_just_seen_users(service: httpx.Client) -> None:

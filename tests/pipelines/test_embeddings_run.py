@@ -95,8 +95,11 @@ def test_a_plan_that_cannot_be_run_is_refused_before_any_work(
     for definition, message in (
         ({**trained, "table": "0" * 12}, "fraud-payments has no such table"),
         ({**trained, "width": 5}, "its table is Embedding(column='store_id', width=8"),
-        ({**trained, "column": "colour"}, "no entity or categorical column 'colour'; it has card_id, store_id"),
-        ({"kind": "Decay", "entity": "device", "half_life_s": 60}, "no entity or categorical column 'device'"),
+        (
+            {**trained, "column": "colour"},
+            "no entity, categorical or numeric column 'colour'; it has card_id, store_id",
+        ),
+        ({"kind": "Decay", "entity": "device", "half_life_s": 60}, "no entity, categorical or numeric column 'device'"),
         ({"kind": "Latest", "entity": "card_id", "column": "weight"}, "no numeric column 'weight'; it has amount, lat"),
         ({"kind": "Ratio", "numerator": "amount", "denominator": "colour"}, "'colour' is neither a column"),
     ):

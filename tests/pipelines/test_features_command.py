@@ -81,6 +81,31 @@ def test_verify_compares_every_cell(
     assert "200 events, 4,800 cells: stream and batch agree" in out
 
 
+def test_features_of_reports_are_verified_and_published_apart(
+    home: Path, fraud_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], ray_session: str
+) -> None:
+    table, schema = map(str, fraud_files)
+    with fraud_files[1].open("a") as file:
+        file.write("[labels]\ndelay_days = 0.5\n")
+    code, out, err = run(capsys, "verify", "fraud", "--data", table, "--schema", schema, "--rows", "300")
+    assert code == 0, err
+    assert "stream and batch agree" in out
+    code, out, err = run(capsys, "backfill", "fraud", "--data", table, "--schema", schema)
+    assert code == 0, err
+    assert out.count("keys online") == 2
+    frauds = int(pd.read_csv(table)["fraud"].sum())
+    assert "3,000 events" in out.splitlines()[0]
+    # The offline files hold one row a (key, moment of a report), and no label before its report.
+    folders = home.glob("**/backfill/*/features/card_id")
+    [reported] = [frame for frame in map(pd.read_parquet, folders) if "card_id__fraud__sum__30d" in frame]
+    assert 0 < len(reported) <= frauds
+    assert reported["card_id__fraud__sum__30d"].iloc[0] == 0
+    newest = pd.read_csv(table).tail(1).assign(transaction_id="new")
+    newest["datetime"] += 60
+    newest.to_csv(home.parent / "more.csv", index=False)
+    assert "1 accepted" in run(capsys, "push", "fraud-payments", str(home.parent / "more.csv"))[1]
+
+
 def test_wrong_calls_say_what_is_known(
     home: Path, fraud_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

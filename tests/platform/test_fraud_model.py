@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import lightgbm as lgb
 import numpy as np
 import pytest
 import torch
-from assay_platform.errors import ArtifactError, InputError
+from assay_platform.errors import ArtifactError, ConfigError, InputError
 from assay_platform.models.calibration import PlattCalibration, fit_platt, sigmoid, threshold_at_fpr
+from assay_platform.models.decisions import Policy
 from assay_platform.models.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
+from assay_platform.models.encoding import fit_encoder, typical_row
 from assay_platform.models.explain import integrated_gradients
-from assay_platform.models.fraud import FraudModel, FraudNet, FraudNetConfig, fit_encoder, mean_embedding
+from assay_platform.models.fraud import Blend, FraudModel, FraudModelParts, FraudNet, FraudNetConfig
+from assay_platform.models.trees import TreeEnsemble
 from assay_platform.moe import BackboneConfig, MoELayer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,9 +35,66 @@ def model() -> FraudModel:
     config = FraudNetConfig(embedding_dim=4, num_bins=4, backbone=BackboneConfig(width=16, hidden=8, num_experts=4))
     net = FraudNet(edges, encoder.cardinalities, config).eval()
     torch.nn.init.normal_(net.head.weight)
-    reference = mean_embedding(net, encoder.apply(table))
-    calibration = PlattCalibration(slope=0.7, intercept=-1.0)
-    return FraudModel(net, encoder, config, reference_GP=reference, calibration=calibration, threshold=0.4)
+    rows = encoder.apply(table)
+    labels = np.arange(len(rows.values_NF)) % 3 == 0
+    booster = lgb.train(
+        {"objective": "binary", "verbosity": -1, "min_data_in_leaf": 3}, lgb.Dataset(rows.numbers(), labels), 9
+    )
+    return FraudModel(
+        FraudModelParts(
+            net=net,
+            encoder=encoder,
+            config=config,
+            reference=typical_row(rows),
+            trees=TreeEnsemble.from_lightgbm(booster),
+            blend=Blend(net=0.4, trees=0.7),
+            calibration=PlattCalibration(slope=0.7, intercept=-1.0),
+            policy=Policy(decline_from=0.4, review_from=0.3),
+        )
+    )
+
+
+@pytest.mark.parametrize("blend", [Blend(net=1.0, trees=0.0), Blend(net=0.0, trees=1.0)])
+def test_a_part_without_weight_does_nothing_and_is_not_saved(model: FraudModel, blend: Blend, tmp_path: Path) -> None:
+    alone = model.changed(blend=blend)
+    rows = alone.encode(columns())
+    part = model.net_logits(rows) if blend.net else model.parts.trees.logits(rows.numbers())
+    np.testing.assert_allclose(alone.logits(rows), part, atol=1e-9)
+    alone.save(tmp_path, {})
+    np.testing.assert_array_equal(FraudModel.load(tmp_path).logits(rows), alone.logits(rows))
+
+
+@pytest.mark.parametrize(("net", "trees"), [(0.0, 0.0), (-1.0, 1.0), (float("nan"), 1.0)])
+def test_a_blend_of_nothing_is_refused(net: float, trees: float) -> None:
+    with pytest.raises(ConfigError, match="blend"):
+        Blend(net=net, trees=trees)
+
+
+def test_the_reference_row_is_its_own_base_and_contributes_nothing(model: FraudModel) -> None:
+    reference = model.parts.reference
+    scores, explanation = model.explain(reference)
+    assert np.abs(explanation.contribution_NG).max() < 1e-6
+    assert scores.probability[0] == pytest.approx(sigmoid(explanation.base), abs=1e-6)
+    assert model.reference_columns()["y"] == 1.0
+
+
+def test_categories_with_many_values_have_no_vector_but_a_share_in_the_reasons() -> None:
+    rng = np.random.default_rng(0)
+    card = np.array([f"card {i}" for i in rng.integers(0, 60, 3000)], dtype=object)
+    table = {"x": rng.normal(size=3000), "card": card}
+    encoder, edges = fit_encoder(table, numeric=["x"], categorical=["card"], num_bins=4, max_categories=100)
+    config = FraudNetConfig(num_bins=4, max_embedded=20, backbone=BackboneConfig(width=16, hidden=8, num_experts=4))
+    net = FraudNet(edges, encoder.cardinalities, config)
+    assert net.embedded == []
+    rows = encoder.apply(table)
+    labels = rows.codes_NC[:, 0].numpy() > 30
+    booster = lgb.train({"objective": "binary", "verbosity": -1}, lgb.Dataset(rows.numbers(), labels), 5)
+    parts = FraudModelParts(
+        net=net, encoder=encoder, config=config, reference=typical_row(rows),
+        trees=TreeEnsemble.from_lightgbm(booster), blend=Blend(net=1.0, trees=1.0),
+    )  # fmt: skip
+    _, explanation = FraudModel(parts).explain(rows)
+    assert np.abs(explanation.contribution_NG[:, 1]).max() > 0.1
 
 
 def test_contributions_add_up_to_the_calibrated_score(model: FraudModel) -> None:

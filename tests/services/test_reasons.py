@@ -4,8 +4,11 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from assay_features.definitions import Aggregate, Embedding, FeaturePlan, Ratio, Where, Window
-from assay_services.reasons import OTHERS, ReasonWriter
+from assay_features.definitions import DAY_S, Aggregate, Embedding, FeaturePlan, Ratio, Where, Window
+from assay_features.events import Reports
+from assay_features.reports import fraud_share
+from assay_features.rules import Rule
+from assay_services.reasons import OTHERS, ReasonWriter, rule_reason
 
 
 @pytest.mark.parametrize("aggregate", get_args(Aggregate))
@@ -13,7 +16,7 @@ def test_every_aggregate_has_words(aggregate: str) -> None:
     more = {"against_s": 86_400} if aggregate == "rate" else {}
     where = Where(column="channel", values=("web",))
     window = Window(entity=("card", "store"), aggregate=aggregate, column="amount", length_s=3600, where=where, **more)  # type: ignore[arg-type]
-    first, rest = ReasonWriter(FeaturePlan((window,)), (window.name,)).write(np.array([0.5]), {window.name: 3.0})
+    first, rest = ReasonWriter(FeaturePlan((window,)), (window.name,)).write(np.array([0.5]), {window.name: [3.0]}, 0)
     assert first.text.endswith("in the last 1h (where channel web); this raises the risk")
     assert "for this card with store" in first.text
     assert rest.contribution == 0.0
@@ -23,11 +26,39 @@ def test_the_numbers_of_a_vector_are_one_reason_with_the_value_of_the_column() -
     embedding = Embedding(column="store", width=3, table="0" * 12)
     ratio = Ratio(numerator="amount", denominator="card__amount__mean__7d")
     names = ("amount", *embedding.names, ratio.name)
-    values = {"amount": 5.0, "store": "s7", ratio.name: np.nan, **dict.fromkeys(embedding.names, 0.1)}
+    values = {"amount": [5.0], "store": ["s7"], ratio.name: [np.nan], **{name: [0.1] for name in embedding.names}}
     writer = ReasonWriter(FeaturePlan((embedding, ratio)), names)
-    reasons = {r.feature: r for r in writer.write(np.array([0.1, 0.5, -0.2, 0.4, -0.3]), values)}
+    reasons = {r.feature: r for r in writer.write(np.array([0.1, 0.5, -0.2, 0.4, -0.3]), values, 0)}
     assert list(reasons) == ["store__embedding", ratio.name, "amount", OTHERS]
     assert reasons["store__embedding"].contribution == pytest.approx(0.7)
     assert reasons["store__embedding"].value == "s7"
     assert reasons["store__embedding"].text == "store is s7, by what was learned of it; this raises the risk"
     assert reasons[ratio.name].text.startswith("amount is unknown times")
+
+
+def test_a_value_is_compared_with_the_usual_one_and_a_share_of_fraud_reads_as_one() -> None:
+    reports = Reports("fraud", 7 * DAY_S)
+    plan = FeaturePlan(tuple(fraud_share("card", reports, 30 * DAY_S)))
+    share, count = plan.row_numeric_names[0], "card__events__count__7d"
+    writer = ReasonWriter(plan, (share, count, "amount", "shop"), usual={share: 0.0, count: 1.0, "shop": "grocer"})
+    columns = {share: [0.25, np.nan], count: [7.0, 1.0], "amount": [12.5, 1.0], "shop": ["casino", "grocer"]}
+    texts = {r.feature: r.text for r in writer.write(np.array([4.0, 3.0, 2.0, 1.0]), columns, 0)}
+    assert texts[share] == (
+        "25 % of the payments of this card in 30d were reported as fraud, usual is 0; this raises the risk"
+    )
+    assert texts[count] == "7 events for this card in the last 7d, usual is 1; this raises the risk"
+    assert texts["shop"] == "shop is casino, usual is grocer; this raises the risk"
+    assert texts["amount"] == "amount is 12.5; this raises the risk"
+    later = {r.feature: r.text for r in writer.write(np.array([4.0, 3.0, 2.0, 1.0]), columns, 1)}
+    assert later[share].startswith("none of the payments of this card in 30d is old enough to be judged")
+    assert later[count] == "1 events for this card in the last 7d; this raises the risk"
+
+
+def test_a_rule_says_what_it_saw() -> None:
+    rule = Rule(
+        name="velocity", action="review",
+        when=(Where(column="n", at_least=11.0), Where(column="shop", values=("a", "b")), Where(column="m", below=2.0)),
+    )  # fmt: skip
+    reason = rule_reason(rule)
+    assert reason.text == "rule 'velocity' says review: n is 11 or more and shop is one of a, b and m is below 2"
+    assert reason.contribution == 0.0

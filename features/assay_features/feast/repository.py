@@ -30,7 +30,7 @@ from feast.types import Bytes, Float64
 from assay_features.batch import EntityStates
 from assay_features.definitions import Entity, FeaturePlan, as_code, entity_columns, entity_name
 from assay_features.embeddings import EmbeddingTable, load_tables
-from assay_features.events import Events
+from assay_features.events import Events, key_column
 from assay_features.feast.offline_store import CLASS_PATH as OFFLINE
 from assay_features.feast.offline_store import TIMESTAMP
 from assay_features.feast.online_store import CLASS_PATH as ONLINE
@@ -157,7 +157,8 @@ class FeatureRepository:
         if not plan.numeric_names:
             return {}
         columns = {name for entity in plan.entities for name in entity_columns(entity)}
-        frame = pd.DataFrame({name: spine.keys[name] for name in columns if name in spine.keys})
+        has = {*spine.keys, *spine.numbers}
+        frame = pd.DataFrame({name: key_column(spine, name) for name in columns if name in has})
         frame[TIMESTAMP] = pd.to_datetime(spine.time_us, unit="us", utc=True)
         service = self.store.get_feature_service(_training_service(plan))
         table = self.store.get_historical_features(entity_df=frame, features=service).to_arrow()
@@ -199,7 +200,7 @@ def value_frames(plan: FeaturePlan, spine: Events, values: Mapping[str, Floats])
         if not names:
             continue
         columns = entity_columns(entity)
-        frame = pd.DataFrame({c: spine.keys[c] for c in columns} | {name: values[name] for name in names})
+        frame = pd.DataFrame({c: key_column(spine, c) for c in columns} | {name: values[name] for name in names})
         frame[TIMESTAMP] = pd.to_datetime(spine.time_us, unit="us", utc=True)
         has_key = np.array([key is not None for key in entity_keys(entity, spine)], dtype=bool)
         frames[entity] = frame[has_key].drop_duplicates([*columns, TIMESTAMP])

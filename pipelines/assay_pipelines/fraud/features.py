@@ -1,5 +1,8 @@
 """Which features a fraud model gets when the user only says what the columns mean."""
 
+from collections.abc import Iterator
+from itertools import combinations
+
 from assay_features.definitions import (
     DAY_S,
     HOUR_S,
@@ -7,20 +10,31 @@ from assay_features.definitions import (
     Cross,
     Decay,
     Definition,
+    Entity,
     FeaturePlan,
     Latest,
     SinceLatest,
     Window,
     as_code,
+    entity_columns,
 )
+from assay_features.events import Reports
+from assay_features.reports import fraud_share, reports_of
 from assay_features.schema import FraudSchema
 from assay_platform.errors import InputError
 
-_NUM_CROSSED = 3
+_NUM_CROSSED, _MAX_PAIRS = 3, 6
 
 
 def default_plan(schema: FraudSchema) -> FeaturePlan:
-    """For every entity: how often, how much, how long ago; then calendar and the first categories crossed."""
+    """Features that the schema asks for by itself.
+
+    With `label_delay_days`: what was reported of every entity and group, and how often an amount came again. Without:
+    how often, how much and how long ago of every entity, and the first categories crossed.
+    """
+    reports = reports_of(schema)
+    if reports is not None:
+        return FeaturePlan(tuple(dict.fromkeys(_reported(schema, reports))))
     definitions: list[Definition] = []
     for entity in schema.entities:
         definitions += [Window(entity=entity, aggregate="count", length_s=s) for s in (HOUR_S, DAY_S, 7 * DAY_S)]
@@ -42,9 +56,29 @@ def default_plan(schema: FraudSchema) -> FeaturePlan:
     return FeaturePlan(tuple(definitions))
 
 
+def _reported(schema: FraudSchema, reports: Reports) -> Iterator[Definition]:
+    who: tuple[Entity, ...] = (*schema.entities, *(schema.groups or _default_groups(schema)))
+    for entity in who:
+        for length_s in (30 * DAY_S, 180 * DAY_S):
+            yield from fraud_share(entity, reports, length_s)
+        if schema.amount in entity_columns(entity):
+            for length_s in (DAY_S, 7 * DAY_S):
+                yield Window(entity=entity, aggregate="count", length_s=length_s)
+    yield Calendar(part="hour")
+
+
+def _default_groups(schema: FraudSchema) -> tuple[tuple[str, ...], ...]:
+    """Pairs of entities, and each with the amount: the same payment again."""
+    pairs = tuple(combinations(schema.entities, 2))[:_MAX_PAIRS]
+    if schema.amount is None:
+        return pairs
+    return (*pairs, *((entity, schema.amount) for entity in schema.entities))
+
+
 def model_inputs(schema: FraudSchema, plan: FeaturePlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the model's numeric and categorical columns."""
-    numeric = (*schema.numeric, *plan.numeric_names, *plan.row_numeric_names)
+    history = tuple(name for name in plan.numeric_names if name not in plan.helper_names)
+    numeric = (*schema.numeric, *history, *plan.row_numeric_names)
     return numeric, (*schema.categorical, *(c.name for c in plan.crosses))
 
 
@@ -54,13 +88,14 @@ def check_plan(plan: FeaturePlan, schema: FraudSchema) -> None:
     Raises:
         InputError: it lacks one; the message names the definition and what the schema has.
     """
+    reported = () if schema.label_delay_days is None else (schema.label,)
     sides = (
         (
-            "entity or categorical",
-            schema.keys,
+            "entity, categorical or numeric",
+            (*schema.keys, *schema.numbers),
             lambda part: (*part.key_columns(), *(e.column for e in part.embeddings)),
         ),
-        ("numeric", schema.numbers, FeaturePlan.number_columns),
+        ("numeric", (*schema.numbers, *reported), FeaturePlan.number_columns),
     )
     for definition in plan.definitions:
         for kind, known, named in sides:

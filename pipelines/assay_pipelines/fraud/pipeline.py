@@ -1,8 +1,9 @@
 """The fraud pipeline: table → features through Feast → search → train → calibrate → compare → gate → registry."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,12 +11,17 @@ from assay_features.batch import features_at, final_states
 from assay_features.definitions import FeaturePlan, as_code
 from assay_features.embeddings import EmbeddingTable, load_tables, table_path
 from assay_features.events import Events
+from assay_features.reports import plan_parts, reports_of
 from assay_features.row_features import model_columns
+from assay_features.rules import check_rules, rules_to_dict
 from assay_features.schema import FraudSchema, Split, schema_to_dict
 from assay_platform.errors import DataError, InputError
 from assay_platform.models.artifact import read_json
-from assay_platform.models.calibration import fit_platt, threshold_at_fpr
-from assay_platform.models.fraud import FraudModel, fit_encoder
+from assay_platform.models.calibration import fit_platt
+from assay_platform.models.decisions import Policy
+from assay_platform.models.encoding import fit_encoder
+from assay_platform.models.fraud import FraudModel
+from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
 
@@ -23,7 +29,7 @@ from assay_pipelines.console import Reporter
 from assay_pipelines.datasets.table import LoadedTable, load_table
 from assay_pipelines.fraud.baseline import tree_frame, tuned_lightgbm
 from assay_pipelines.fraud.evaluate import (
-    TARGET_FPR,
+    average_precision,
     expected_calibration_error,
     fraud_metrics,
     tolerated_calibration_error,
@@ -35,10 +41,12 @@ from assay_pipelines.fraud.train import (
     FraudData,
     LabelledRows,
     as_model,
+    net_logits,
     num_batches,
     objective,
     train_net,
 )
+from assay_pipelines.fraud.trees import fit_blend, refit_size, train_trees
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.tracking import (
@@ -50,11 +58,12 @@ from assay_pipelines.tracking import (
     tracked_run,
 )
 
-_MAX_CATEGORIES = 2000
+_MAX_CATEGORIES = 20_000
 # A trial sees the newest rows, as many as let a few trials finish within the budget.
 _SEARCH_ROWS_A_SECOND, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS = 300, 10_000, 60_000
 _SEARCH_VALIDATION_ROWS = 20_000
-_SEARCH_EPOCHS, _FINAL_EPOCHS = 3, 6
+# Three passes over a large table; after more, what was learned of last month no longer holds in the next.
+_SEARCH_EPOCHS, _FINAL_EPOCHS = 3, 3
 # A small table needs more passes for the same number of steps.
 _MIN_STEPS, _MAX_EPOCHS = 600, 30
 _METRIC = "average_precision"
@@ -71,7 +80,8 @@ class Prepared:
         self.plan = options.plan or default_plan(self.schema)
         check_plan(self.plan, self.schema)
         self.tables = _trained_tables(self.plan, options)
-        _try_without_rows(self.plan, self.schema, self.tables)
+        columns = _try_without_rows(self.plan, self.schema, self.tables)
+        check_rules(options.rules, columns)
         with reporter.stage("load", "Read and check the table") as stage:
             self.table = load_table(options.table, self.schema)
             events = self.table.events
@@ -105,26 +115,38 @@ class Prepared:
             )
 
     def _columns(self, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
-        # Feast takes seconds to import, so it is imported where it is used.
         with reporter.stage("features", "Compute features") as stage:
-            values = features_at(self.plan, self.history_events, self.events)
-            states = {entity: final_states(self.plan, entity, self.history_events) for entity in self.plan.entities}
-            stage.update(1.0, f"{len(values)} features, plan {self.plan.version}")
+            sources = self.sources()
+            values = [features_at(plan, source, self.events) for plan, source in sources]
+            states = [{e: final_states(plan, e, source) for e in plan.entities} for plan, source in sources]
+            stage.update(1.0, f"{sum(map(len, values))} features, plan {self.plan.version}")
         with reporter.stage("features", "Publish to Feast, retrieve") as stage:
+            # Feast takes seconds to import, so it is imported where it is used.
             from assay_features.feast.repository import FeatureRepository, value_frames
 
             repository = FeatureRepository(options.feature_repository)
-            past = self.history_events
-            ids = None if past.ids is None else dict(zip(past.ids.tolist(), past.time_us.tolist(), strict=True))
-            frames = value_frames(self.plan, self.events, values)
-            repository.publish(
-                self.plan, frames, states, schema=schema_to_dict(self.schema), tables=self.tables, ids=ids
-            )
-            history = repository.training_features(self.plan, self.events)
+            history: dict[str, Any] = {}
+            for (plan, source), computed, final in zip(sources, values, states, strict=True):
+                ids = (
+                    None if source.ids is None else dict(zip(source.ids.tolist(), source.time_us.tolist(), strict=True))
+                )
+                frames = value_frames(plan, self.events, computed)
+                repository.publish(plan, frames, final, schema=schema_to_dict(self.schema), tables=self.tables, ids=ids)
+                history |= repository.training_features(plan, self.events)
             repository.close()
-            num_keys = sum(len(s.keys) for s in states.values())
+            num_keys = sum(len(s.keys) for final in states for s in final.values())
             stage.update(1.0, f"{num_keys:,} keys online")
         return model_columns(self.plan, self.events, history, self.tables)
+
+    def sources(self) -> list[tuple[FeaturePlan, Events]]:
+        """Each part of the plan with the events that its features are of."""
+        past = self.history_events
+        sources = []
+        for plan, reports in plan_parts(self.plan, self.schema):
+            known = past if reports is None else reports.of(past)
+            # What would be reported after the table ends has not been yet; it comes through the service.
+            sources.append((plan, known.take(known.time_us <= past.time_us[-1])))
+        return sources
 
     def _check_tables(self) -> None:
         """No vector may have learned from labels that this run measures with."""
@@ -138,9 +160,15 @@ class Prepared:
                     "table and schema trains one that fits"
                 )
 
+    def all_before_test(self) -> FraudData:
+        """Train and validation rows together, for the last fit."""
+        both = self.rows.take(slice(0, int(self.test[0])))
+        return FraudData(encoder=self.data.encoder, edges=self.data.edges, train=both, validation=None)
+
     def search_data(self, budget_s: float) -> FraudData:
         """A sample for trials: the newest training rows, the newest validation rows."""
         train, validation = self.data.train, self.data.validation
+        assert validation is not None
         wanted = int(np.clip(_SEARCH_ROWS_A_SECOND * budget_s, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS))
         newest = slice(max(0, len(train) - wanted), None)
         newest_held = slice(max(0, len(validation) - _SEARCH_VALIDATION_ROWS), None)
@@ -179,8 +207,9 @@ def _trained_tables(plan: FeaturePlan, options: RunOptions) -> dict[str, Embeddi
     return tables
 
 
-def _try_without_rows(plan: FeaturePlan, schema: FraudSchema, tables: dict[str, EmbeddingTable]) -> None:
-    """Whatever a cross or a ratio names has to be there; better said now than after all has been computed.
+def _try_without_rows(plan: FeaturePlan, schema: FraudSchema, tables: dict[str, EmbeddingTable]) -> dict[str, Any]:
+    """The columns of no rows. Whatever a cross or a ratio names has to be there; better said now than after all has
+    been computed.
 
     Raises:
         DataError: it is not.
@@ -190,7 +219,7 @@ def _try_without_rows(plan: FeaturePlan, schema: FraudSchema, tables: dict[str, 
         keys={name: np.empty(0, dtype=object) for name in schema.keys},
         numbers={name: np.empty(0) for name in schema.numbers},
     )
-    model_columns(plan, nothing, {name: np.empty(0) for name in plan.numeric_names}, tables)
+    return model_columns(plan, nothing, {name: np.empty(0) for name in plan.numeric_names}, tables)
 
 
 def time_split(events: Events, split: Split, table: LoadedTable) -> tuple[Rows, Rows, Rows]:
@@ -241,27 +270,19 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}"
     with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
         found = _search(options, reporter, run, prepared)
-        with reporter.stage("train", "Train the MoE model") as stage:
-            steps = num_batches(found.best, len(prepared.data.train))
-            num_epochs = min(_MAX_EPOCHS, max(_FINAL_EPOCHS, -(-_MIN_STEPS // steps)))
-            net, fitted, routing = train_net(
-                found.best,
-                prepared.data,
-                num_epochs=num_epochs,
-                seed=options.seed,
-                on_epoch=lambda epoch, metric: stage.update(epoch / num_epochs, f"validation AP {metric:.3f}"),
-            )
-            stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
+        fitted = fit_models(found.best, prepared, reporter, seed=options.seed)
         run.log_steps("validation.average_precision", fitted.history)
-        log_routing(run, routing)
-        model, validation_ece, tolerated_ece = _calibrated(as_model(net, found.best, prepared.data), prepared)
+        log_routing(run, fitted.routing)
+        run.log(params={"blend.net": fitted.model.parts.blend.net, "blend.trees": fitted.model.parts.blend.trees})
+        model = fitted.model
+        if options.refit_on_all:
+            model = refit(model, found.best, prepared, reporter, seed=options.seed)
         with reporter.stage("evaluate", "Score the test period"):
             probability = model.score(prepared.rows.rows.rows(_slice(prepared.test))).probability
-            metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.threshold)
+            metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.policy.decline_from)
         with reporter.stage("baseline", "Tune and train LightGBM") as stage:
             baseline = tuned_lightgbm(
-                tree_frame(prepared.columns, prepared.numeric, prepared.categorical, prepared.train),
-                (*prepared.schema.numeric, *prepared.schema.categorical),
+                tree_frame(prepared.columns, prepared.schema.numeric, prepared.schema.categorical, prepared.train),
                 prepared.labels,
                 train=prepared.train,
                 validation=prepared.validation,
@@ -281,20 +302,21 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         baselines = {"lightgbm": baseline.metrics}
         gate = check_candidate(
             metric=_METRIC,
-            candidate=fitted.best_metric,
+            candidate=fitted.validation_ap,
             champion=champion,
             champion_version=champion_version,
             baselines=baselines,
             expected_baselines=("lightgbm",),
-            calibration_error=validation_ece,
-            tolerated_error=tolerated_ece,
+            calibration_error=fitted.validation_ece,
+            tolerated_error=fitted.tolerated_ece,
         )
         companions = {
             "features": {
                 "schema": schema_to_dict(prepared.schema),
                 "plan": prepared.plan.to_dict(),
                 "repository": options.model_name,
-            }
+            },
+            "rules": rules_to_dict(options.rules),
         }
         number, alias = register_version(
             options,
@@ -304,7 +326,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             save=lambda folder: model.save(folder, companions),
             signature=_signature(prepared),
             gate=gate,
-            metrics={**metrics, "validation_ece": validation_ece, "num_parameters": model.num_parameters},
+            metrics={**metrics, "validation_ece": fitted.validation_ece, "num_parameters": model.num_parameters},
             baselines=baselines,
         )
     return RunReport(
@@ -326,35 +348,89 @@ def _slice(rows: Rows) -> slice:
     return slice(int(rows[0]), int(rows[-1]) + 1)
 
 
-def _calibrated(model: FraudModel, prepared: Prepared) -> tuple[FraudModel, float, float]:
-    """Calibrate on validation and put the threshold where it flags 0.3 % of its legitimate rows.
+class FittedModels(NamedTuple):
+    """A model that has not seen the validation rows, and how it did on them."""
 
-    Also returns the calibration error and how much of it chance explains.
-    """
-    logits = model.logits(prepared.rows.rows.rows(_slice(prepared.validation)))
+    model: FraudModel
+    validation_ap: float
+    validation_ece: float
+    tolerated_ece: float  # that much chance explains
+    history: list[float]  # the net's validation metric of each epoch
+    routing: RoutingMonitor
+
+
+def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int) -> FittedModels:
+    """Net and trees on the training rows; blended, calibrated and thresholded on the validation rows."""
+    data = prepared.data
+    held = prepared.rows.take(_slice(prepared.validation))
     labels = prepared.labels[prepared.validation]
-    calibration = fit_platt(logits, labels)
-    probability = calibration.probability(logits)
-    threshold = threshold_at_fpr(probability, labels, TARGET_FPR)
-    error = expected_calibration_error(probability, labels)
-    tolerated = tolerated_calibration_error(probability, seed=0)
-    return model.calibrated(calibration, threshold, TARGET_FPR), error, tolerated
+    with reporter.stage("train", "Train the MoE net") as stage:
+        num_epochs = num_final_epochs(params, len(data.train))
+        net, fitted, routing = train_net(
+            params, data, num_epochs=num_epochs, seed=seed,
+            on_epoch=lambda epoch, metric: stage.update(epoch / num_epochs, f"validation AP {metric:.3f}"),
+        )  # fmt: skip
+        stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
+    with reporter.stage("train", "Train the trees") as stage:
+        numbers = held.rows.numbers()
+        trees = train_trees(
+            data.train.rows.numbers(), prepared.labels[prepared.train], seed=seed, held=(numbers, labels),
+            on_progress=stage.update,
+        ).trees  # fmt: skip
+        stage.update(1.0, f"{len(trees)} trees")
+    with reporter.stage("train", "Blend and calibrate") as stage:
+        blend = fit_blend(net_logits(net, held.rows), trees.logits(numbers), labels)
+        model = as_model(net, params, data, trees=trees, blend=blend)
+        logits = model.logits(held.rows)
+        calibration = fit_platt(logits, labels)
+        probability = calibration.probability(logits)
+        policy = Policy.fit(prepared.schema.decisions, probability, labels)
+        model = model.changed(calibration=calibration, policy=policy, amount=prepared.schema.amount)
+        reached = float(average_precision(labels, logits))
+        stage.update(1.0, f"validation AP {reached:.3f}, net {blend.net:.2f}, trees {blend.trees:.2f}")
+    return FittedModels(
+        model, reached, expected_calibration_error(probability, labels),
+        tolerated_calibration_error(probability, seed=0), fitted.history, routing,
+    )  # fmt: skip
+
+
+def refit(
+    model: FraudModel, params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int
+) -> FraudModel:
+    """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen."""
+    data = prepared.all_before_test()
+    with reporter.stage("refit", "Refit the net on train + validation") as stage:
+        num_epochs = num_final_epochs(params, len(data.train))
+        net = train_net(
+            params, data, num_epochs=num_epochs, seed=seed,
+            on_epoch=lambda epoch, _: stage.update(epoch / num_epochs, f"epoch {epoch} of {num_epochs}"),
+        ).net  # fmt: skip
+    with reporter.stage("refit", "Refit the trees on train + validation") as stage:
+        assert model.parts.trees is not None
+        trees = train_trees(
+            data.train.rows.numbers(), data.train.labels.numpy() > 0.5, seed=seed,
+            num_trees=refit_size(model.parts.trees), on_progress=stage.update,
+        ).trees  # fmt: skip
+    return model.changed(net=net, trees=trees)
+
+
+def num_final_epochs(params: Mapping[str, Any], num_rows: int) -> int:
+    """A few passes over a large table, more over a small one."""
+    return min(_MAX_EPOCHS, max(_FINAL_EPOCHS, -(-_MIN_STEPS // num_batches(params, num_rows))))
 
 
 def _validation_ap(folder: Path, repository: Path, prepared: Prepared) -> float:
     """A registered model on the current validation rows, with the features that it was trained on."""
-    from sklearn.metrics import average_precision_score
-
     model = FraudModel.load(folder)
     plan = FeaturePlan.from_dict(read_json(folder, "features")["plan"])
     if plan == prepared.plan:
         columns = prepared.columns
     else:
         check_plan(plan, prepared.schema)
-        history = features_at(plan, prepared.history_events, prepared.events)
+        history = features_at(plan, prepared.history_events, prepared.events, reports=reports_of(prepared.schema))
         columns = model_columns(plan, prepared.events, history, load_tables(repository, plan))
     held = {name: np.asarray(columns[name])[prepared.validation] for name in model.feature_names if name in columns}
-    return float(average_precision_score(prepared.labels[prepared.validation], model.logits(model.encode(held))))
+    return average_precision(prepared.labels[prepared.validation], model.logits(model.encode(held)))
 
 
 def _signature(prepared: Prepared) -> Any:

@@ -1,19 +1,14 @@
 """Train one fraud net: weighted cross-entropy, balance loss, average precision on validation decides."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from assay_platform.models.fraud import (
-    EncodedRows,
-    FraudModel,
-    FraudNet,
-    FraudNetConfig,
-    TabularEncoder,
-    mean_embedding,
-)
+from assay_platform.models.encoding import EncodedRows, TabularEncoder, typical_row
+from assay_platform.models.fraud import FraudModel, FraudModelParts, FraudNet, FraudNetConfig
 from assay_platform.moe import BackboneConfig
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.training import FitResult, TrainConfig, fit
@@ -44,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "num_blocks": 2,
     "embedding_dim": 8,
     "num_bins": 16,
-    "batch_size": 512,
+    "batch_size": 1024,
 }
 
 
@@ -54,7 +49,7 @@ class LabelledRows(NamedTuple):
     rows: EncodedRows
     labels: Tensor  # float32
 
-    def take(self, index: Tensor) -> "LabelledRows":
+    def take(self, index: Tensor | slice) -> "LabelledRows":
         """A subset of rows."""
         return LabelledRows(self.rows.rows(index), self.labels[index])
 
@@ -62,14 +57,37 @@ class LabelledRows(NamedTuple):
         return len(self.labels)
 
 
+class Copies(NamedTuple):
+    """Other forms that the frauds of a table could have had.
+
+    rows: (frauds, forms, …). of (N,): for each training row its place among the frauds, -1 for an honest one.
+    """
+
+    rows: EncodedRows
+    of: Tensor
+
+    def worst(self, net: FraudNet, frauds: Tensor) -> EncodedRows:
+        """Of each fraud the form that the net takes for the most harmless."""
+        values, codes = self.rows.values_NF[frauds], self.rows.codes_NC[frauds]
+        with torch.no_grad():
+            logits, _ = net(EncodedRows(values.flatten(0, 1), codes.flatten(0, 1)))
+        chosen = logits.view(len(frauds), -1).argmin(dim=1)
+        at = torch.arange(len(frauds))
+        return EncodedRows(values[at, chosen], codes[at, chosen])
+
+
 @dataclass(frozen=True, kw_only=True)
 class FraudData:
-    """What a training needs besides its hyperparameters."""
+    """What a training needs besides its hyperparameters. Without validation rows the last weights are kept.
+
+    copies: given, training is adversarial: beside each fraud, the worst of its forms counts as another.
+    """
 
     encoder: TabularEncoder
     edges: Tensor
     train: LabelledRows
-    validation: LabelledRows
+    validation: LabelledRows | None
+    copies: Copies | None = None
 
 
 def net_config(params: Mapping[str, Any]) -> FraudNetConfig:
@@ -117,23 +135,27 @@ def train_net(
     steps = num_batches(params, len(data.train))
     weight = torch.tensor(float(params["positive_weight"]))
 
-    def batches(_: int) -> Iterator[LabelledRows]:
-        order = torch.randperm(len(data.train), generator=generator)
-        for part in order.tensor_split(steps):
-            yield data.train.take(part)
+    def batches(_: int) -> Iterable[Tensor]:
+        return torch.randperm(len(data.train), generator=generator).tensor_split(steps)
 
-    def loss(batch: LabelledRows) -> Tensor:
-        logits, balance = net(batch.rows)
-        likelihood = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, pos_weight=weight)
-        total: Tensor = likelihood + balance
+    def loss(part: Tensor) -> Tensor:
+        rows, labels = data.train.take(part)
+        if data.copies is not None:
+            of = data.copies.of[part]
+            forms = data.copies.worst(net, of[of >= 0])
+            rows = EncodedRows(*(torch.cat(pair) for pair in zip(rows, forms, strict=True)))
+            labels = torch.cat([labels, torch.ones(len(forms.values_NF))])
+        logits, balance = net(rows)
+        likelihood = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weight, reduction="sum"
+        )
+        total: Tensor = likelihood / len(part) + balance
         return total
 
-    labels = data.validation.labels.numpy() > 0.5
-
-    def evaluate() -> float:
+    def evaluate(held: LabelledRows) -> float:
         from sklearn.metrics import average_precision_score
 
-        return float(average_precision_score(labels, net_logits(net, data.validation.rows)))
+        return float(average_precision_score(held.labels.numpy() > 0.5, net_logits(net, held.rows)))
 
     config = TrainConfig(
         num_epochs=num_epochs,
@@ -151,7 +173,7 @@ def train_net(
             batches=batches,
             num_batches=steps,
             loss=loss,
-            evaluate=evaluate,
+            evaluate=None if data.validation is None else partial(evaluate, data.validation),
             config=config,
             on_epoch=epoch_done,
         )
@@ -166,11 +188,13 @@ def net_logits(net: FraudNet, rows: EncodedRows) -> NDArray[np.float64]:
     return torch.cat(parts).double().numpy()
 
 
-def as_model(net: FraudNet, params: Mapping[str, Any], data: FraudData) -> FraudModel:
-    """Wrap a net; explanations start from the mean legitimate training row."""
+def as_model(net: FraudNet, params: Mapping[str, Any], data: FraudData, **parts: Any) -> FraudModel:
+    """A net with other parts of a model; explanations start from the typical legitimate training row."""
     legitimate = torch.nonzero(data.train.labels < 0.5).squeeze(-1)
-    reference = mean_embedding(net, data.train.rows.rows(legitimate))
-    return FraudModel(net, data.encoder, net_config(params), reference_GP=reference)
+    reference = typical_row(data.train.rows.rows(legitimate))
+    return FraudModel(
+        FraudModelParts(net=net, encoder=data.encoder, config=net_config(params), reference=reference, **parts)
+    )
 
 
 def objective(params: dict[str, Any], data: FraudData, report: Callable[[int, float], None]) -> None:

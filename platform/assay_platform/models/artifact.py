@@ -23,7 +23,7 @@ from torch import Tensor
 from assay_platform.errors import ArtifactError, ConfigError
 from assay_platform.storage import write_bytes, write_json
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 

@@ -40,6 +40,7 @@ class ServiceMetrics:
             ("application", "outcome"),
             registry=self.registry,
         )
+        self.labels = Counter("assay_fraud_labels_total", "Reported labels taken in", registry=self.registry)
         self.decisions = Counter(
             "assay_fraud_decisions_total", "Fraud decisions", ("decision",), registry=self.registry
         )

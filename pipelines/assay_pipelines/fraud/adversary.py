@@ -1,0 +1,136 @@
+"""Fraudsters who adapt: forms of real frauds that could exist, with their features looked up anew.
+
+Used three ways: weak forms (a fraud in the clothes of honest payments) are trained on, the search for the worst form
+measures the model before it may be promoted, and benchmarks search harder still.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from assay_features.batch import History
+from assay_features.definitions import FeaturePlan, entity_columns
+from assay_features.events import Events
+from assay_features.row_features import model_columns
+from assay_platform.models.encoding import EncodedRows
+from assay_platform.models.fraud import FraudModel
+from assay_platform.robustness.attacks import EvolutionConfig, evolve, swap_with_donors
+from assay_platform.robustness.constraints import Constraints, FeasibleSet, Transactions
+from numpy.typing import NDArray
+
+from assay_pipelines.fraud.evaluate import auc
+from assay_pipelines.fraud.train import Copies
+
+if TYPE_CHECKING:
+    from assay_pipelines.fraud.pipeline import Prepared
+
+Rows = NDArray[np.intp]
+_NUM_COPIES, _MAX_DONORS = 4, 20_000
+# What a gate can afford; benchmarks search longer.
+GATE_ATTACK = EvolutionConfig(num_generations=10, population=12)
+_MAX_ATTACKED = 300
+
+
+class Robustness(NamedTuple):
+    """What a search for feasible forms does to frauds: before and after, at the model's own threshold."""
+
+    recall: float
+    robust_recall: float
+    robust_auc: float
+    num_attacked: int
+
+
+class Adversary:
+    """Knows what the senders of a table's events can change, and what the model would see then."""
+
+    def __init__(self, prepared: "Prepared") -> None:
+        self._prepared = prepared
+        schema = prepared.schema
+        self._numeric, self._keys = schema.numeric, schema.keys
+        self.feasible = FeasibleSet.fit(schema.limits, self._numeric, self._keys, self.transactions(prepared.train))
+        movable = {n for n, m in zip(self._numeric, self.feasible.movable_F, strict=True) if m}
+        movable |= {n for n, m in zip(self._keys, self.feasible.movable_C, strict=True) if m}
+        # Only of an entity that can be posed as are there other features than the row's own.
+        self._histories = []
+        for plan, source in prepared.sources():
+            posed = [d for e in plan.entities if movable.intersection(entity_columns(e)) for d in plan.of_entity(e)]
+            self._histories.append(History(FeaturePlan(tuple(posed)), source))
+
+    def transactions(self, rows: Rows) -> Transactions:
+        """Events of the table as their senders wrote them."""
+        events = self._prepared.events
+        numbers = np.column_stack([np.empty((len(rows), 0)), *(events.numbers[n][rows] for n in self._numeric)])
+        keys = np.empty((len(rows), len(self._keys)), dtype=object)
+        for c, name in enumerate(self._keys):
+            keys[:, c] = events.keys[name][rows]
+        return Transactions(numbers, keys)
+
+    def encode(self, rows: Rows, written: Transactions) -> EncodedRows:
+        """What the model sees of events of the table in another form. rows (M,), written (M,)."""
+        prepared = self._prepared
+        events = Events(
+            prepared.events.time_us[rows],
+            {name: written.keys[:, c] for c, name in enumerate(self._keys)},
+            {name: written.numbers[:, f] for f, name in enumerate(self._numeric)},
+        )
+        history = {name: np.asarray(prepared.columns[name])[rows] for name in prepared.plan.numeric_names}
+        for held in self._histories:
+            history |= held.at(events)
+        return prepared.data.encoder.apply(model_columns(prepared.plan, events, history, prepared.tables))
+
+    def copies(self, rows: Rows, generator: np.random.Generator) -> Copies:
+        """Forms of the frauds among `rows`, which are training rows, in the clothes of honest ones."""
+        labels = self._prepared.labels[rows]
+        frauds, donors = rows[labels], self._donors(rows[~labels], generator)
+        parts = []
+        for _ in range(_NUM_COPIES):
+            written = self.transactions(frauds)
+            share = float(generator.choice([0.3, 0.6, 1.0]))
+            parts.append(self.encode(frauds, swap_with_donors(written, donors, self.feasible, generator, share=share)))
+        of = torch.full((len(rows),), -1, dtype=torch.int64)
+        of[torch.from_numpy(np.flatnonzero(labels))] = torch.arange(len(frauds))
+        return Copies(
+            EncodedRows(torch.stack([p.values_NF for p in parts], 1), torch.stack([p.codes_NC for p in parts], 1)), of
+        )
+
+    def attack(
+        self,
+        model: FraudModel,
+        rows: Rows,
+        generator: np.random.Generator,
+        config: EvolutionConfig = GATE_ATTACK,
+        max_attacked: int = _MAX_ATTACKED,
+    ) -> Robustness:
+        """Search for the worst forms of the frauds among `rows`, a sample of them, against the whole model."""
+        labels = self._prepared.labels[rows]
+        frauds, honest = rows[labels], rows[~labels]
+        if len(frauds) > max_attacked:
+            frauds = np.sort(generator.choice(frauds, max_attacked, replace=False))
+        found = evolve(
+            lambda which, written: model.logits(self.encode(frauds[which], written)),
+            self.transactions(frauds),
+            self._donors(self._prepared.train[~self._prepared.labels[self._prepared.train]], generator),
+            self.feasible,
+            generator,
+            config,
+        )
+        calibration, threshold = model.calibration, model.policy.decline_from
+        encoded = self._prepared.rows.rows
+        before = calibration.probability(model.logits(encoded.rows(torch.from_numpy(frauds))))
+        after = calibration.probability(found.logits)
+        good = calibration.probability(model.logits(encoded.rows(torch.from_numpy(honest))))
+        return Robustness(
+            recall=float((before >= threshold).mean()),
+            robust_recall=float((after >= threshold).mean()),
+            robust_auc=auc(np.r_[np.ones(len(after), dtype=bool), np.zeros(len(good), dtype=bool)], np.r_[after, good]),
+            num_attacked=len(frauds),
+        )
+
+    def _donors(self, honest: Rows, generator: np.random.Generator) -> Transactions:
+        picked = generator.choice(honest, min(len(honest), _MAX_DONORS), replace=False)
+        return self.transactions(picked)
+
+
+def is_declared(constraints: Constraints) -> bool:
+    """Whether a schema says more of its senders than what they cannot change at all."""
+    return constraints != Constraints()

@@ -1,0 +1,180 @@
+"""Boosted trees as arrays: scored and explained without the library that trained them, and saved without a pickle.
+
+`TreeEnsemble.from_lightgbm` reads a trained LightGBM model's text. Not covered: categorical and linear splits (columns
+are numbers here, categories their rank by frequency), objectives with more than one tree an iteration.
+"""
+
+# N rows, F columns, T trees, M nodes of all trees, D depth
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from assay_platform.errors import ArtifactError, InputError
+
+_FEW_ROWS = 8
+# LightGBM's decision type: bit 0 categorical, bit 1 missing goes left, bits 2 and 3 what is missing (2: NaN).
+_CATEGORICAL, _DEFAULT_LEFT = 1, 2
+
+
+@dataclass(frozen=True)
+class TreeEnsemble:
+    """T trees over F columns. A node with column -1 is a leaf; children are places in the arrays."""
+
+    num_columns: int
+    roots: NDArray[np.int32]  # (T,)
+    column: NDArray[np.int32]  # (M,)
+    threshold: NDArray[np.float64]  # (M,) a value at or below it goes left
+    nan_left: NDArray[np.bool_]  # (M,)
+    left: NDArray[np.int32]  # (M,)
+    right: NDArray[np.int32]  # (M,)
+    value: NDArray[np.float64]  # (M,) of a leaf
+
+    def __len__(self) -> int:
+        return len(self.roots)
+
+    @staticmethod
+    def from_lightgbm(booster: Any, *, num_trees: int | None = None) -> "TreeEnsemble":
+        """The first `num_trees` trees of a `lightgbm.Booster` (all by default).
+
+        Raises:
+            InputError: a split that is not by a number.
+        """
+        text = booster.model_to_string(num_iteration=num_trees or -1)
+        parts = (part.strip() for part in text.split("\n\n"))
+        trees = [_fields(part) for part in parts if part.startswith("Tree=")]
+        return _joined([_one_tree(fields) for fields in trees], booster.num_feature())
+
+    def logits(self, rows_NF: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(N,) sums of leaves; NaN is missing."""
+        from assay_platform.kernels import trees_numba
+
+        rows = np.ascontiguousarray(rows_NF)
+        out = np.empty(len(rows))
+        loop: Any = trees_numba.score_one_by_one if len(rows) <= _FEW_ROWS else trees_numba.score_trees
+        loop(rows, *self._arrays, out)
+        return out
+
+    def explain(
+        self, rows_NF: NDArray[np.floating], reference_F: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float64], float]:
+        """Shapley values (N, F) against one reference row, and the reference's score.
+
+        base + Σ_f contribution is the row's score. Exact for the game in which a column has either the row's or the
+        reference's value; see `kernels.trees_numba`.
+        """
+        from assay_platform.kernels import trees_numba
+
+        rows = np.ascontiguousarray(rows_NF)
+        reference = np.ascontiguousarray(reference_F, dtype=rows.dtype)
+        out = np.zeros((len(rows), self.num_columns))
+        loop: Any = trees_numba.explain_one_by_one if len(rows) <= _FEW_ROWS else trees_numba.explain_trees
+        loop(rows, reference, *self._arrays, _WEIGHT, out)
+        return out, float(self.logits(reference[None])[0])
+
+    @property
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.roots, self.column, self.threshold, self.nan_left, self.left, self.right, self.value
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For an artifact."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor], num_columns: int) -> "TreeEnsemble":
+        """Read back what `to_tensors` gave.
+
+        Raises:
+            ArtifactError: an array is missing, or a node refers to what is not there.
+        """
+        try:
+            arrays: dict[str, NDArray[Any]] = {
+                name: np.ascontiguousarray(tensors[name].numpy(), dtype=kind) for name, kind in _ARRAYS.items()
+            }
+        except KeyError as error:
+            raise ArtifactError(f"the trees have no array {error}") from error
+        num_nodes = len(arrays["column"])
+        inner = arrays["column"] >= 0
+        at = np.arange(num_nodes)
+        # Children lie after their parent, so every walk ends.
+        is_sound = all(len(a) == num_nodes for name, a in arrays.items() if name != "roots") and bool(
+            (arrays["column"] < num_columns).all()
+            and all(((arrays[s] > at) & (arrays[s] < num_nodes))[inner].all() for s in ("left", "right"))
+            and ((arrays["roots"] >= 0) & (arrays["roots"] < num_nodes)).all()
+        )
+        if not is_sound:
+            raise ArtifactError(
+                f"the trees are damaged: a place is outside of {num_nodes} nodes, {num_columns} columns"
+            )
+        return TreeEnsemble(num_columns, **arrays)
+
+
+_ARRAYS: dict[str, type] = {
+    "roots": np.int32, "column": np.int32, "threshold": np.float64, "nan_left": np.bool_,
+    "left": np.int32, "right": np.int32, "value": np.float64,
+}  # fmt: skip
+
+
+def _weights(depth: int) -> NDArray[np.float64]:
+    out = np.zeros((depth, depth))
+    for a in range(1, depth):
+        for b in range(depth):
+            out[a, b] = math.exp(math.lgamma(a) + math.lgamma(b + 1) - math.lgamma(a + b + 1))
+    return out
+
+
+_WEIGHT = _weights(128)
+
+
+def _fields(part: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in part.splitlines() if "=" in line)
+
+
+def _one_tree(fields: dict[str, str]) -> dict[str, NDArray[Any]]:
+    """Arrays of one tree, inner nodes first, then leaves; LightGBM names leaf i as child ~i."""
+    leaves = np.array(fields["leaf_value"].split(), dtype=np.float64)
+    num_inner = len(leaves) - 1
+    if num_inner == 0:
+        split: dict[str, NDArray[Any]] = {name: np.empty(0) for name in ("column", "threshold", "left", "right")}
+        kinds = np.empty(0, dtype=np.int64)
+    else:
+        kinds = np.array(fields["decision_type"].split(), dtype=np.int64)
+        if (kinds & _CATEGORICAL).any():
+            raise InputError("the trees have a categorical split; give categories as numbers")
+        children = {side: np.array(fields[f"{side}_child"].split(), dtype=np.int64) for side in ("left", "right")}
+        split = {
+            "column": np.array(fields["split_feature"].split(), dtype=np.int64),
+            "threshold": np.array(fields["threshold"].split(), dtype=np.float64),
+            **{side: np.where(child >= 0, child, num_inner + ~child) for side, child in children.items()},
+        }
+    # Where training saw no missing value, LightGBM takes one as 0.
+    nan_left = np.where(kinds >> 2 == 2, (kinds & _DEFAULT_LEFT) > 0, split["threshold"] >= 0)
+    nothing = np.full(len(leaves), -1)
+    return {
+        "column": np.concatenate([split["column"], nothing]),
+        "threshold": np.concatenate([split["threshold"], np.zeros(len(leaves))]),
+        "nan_left": np.concatenate([nan_left, np.zeros(len(leaves), dtype=bool)]),
+        "left": np.concatenate([split["left"], nothing]),
+        "right": np.concatenate([split["right"], nothing]),
+        "value": np.concatenate([np.zeros(num_inner), leaves]),
+    }
+
+
+def _joined(trees: list[dict[str, NDArray[Any]]], num_columns: int) -> TreeEnsemble:
+    sizes = [len(tree["column"]) for tree in trees]
+    roots = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int32) if trees else np.empty(0, dtype=np.int32)
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, kind in _ARRAYS.items():
+        if name == "roots":
+            continue
+        parts = [
+            np.where(tree["column"] >= 0, tree[name] + root, -1) if name in ("left", "right") else tree[name]
+            for tree, root in zip(trees, roots, strict=True)
+        ]
+        arrays[name] = np.concatenate([*parts, np.empty(0)]).astype(kind)
+    return TreeEnsemble(num_columns, roots, **arrays)

@@ -1,0 +1,1 @@
+"""Attacks that could happen, and what stands against them."""
