@@ -98,7 +98,7 @@ class Policy:
             probability * loss, costs.review + probability * missed_in_review, (1 - probability) * costs.declined_good
         ])  # fmt: skip
         # Where declining costs no more than either of the others.
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             over_approve = np.nan_to_num(costs.declined_good / (costs.declined_good + loss), nan=1.0)
             over_review = (costs.declined_good - costs.review) / (costs.declined_good + missed_in_review)
         threshold = np.clip(np.maximum(over_approve, np.nan_to_num(over_review)), 0.0, 1.0)

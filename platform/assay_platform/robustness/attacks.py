@@ -74,7 +74,8 @@ def evolve(
     """Evolutionary search through scores alone, all rows side by side.
 
     donors: rows that the model takes for harmless. A candidate descends from one of the row's elite: columns of a
-    donor, columns of another of the elite, numbers moved by a random step, or columns set back to the row's own.
+    donor, columns of another of the elite, numbers moved by a random step and categories drawn anew, or columns set
+    back to the row's own.
     """
     rows = np.arange(len(original.numbers))
     elite = [(original, score(rows, original))]
@@ -112,7 +113,11 @@ def _child(
         span = np.where(np.isfinite(high - low), high - low, 1.0)
         chosen_F = feasible.movable_F & (generator.random(span.shape) < 0.4)
         moved = parent.numbers + generator.normal(size=span.shape) * span * step
-        child = Transactions(np.where(chosen_F, moved, parent.numbers), parent.keys)
+        keys = parent.keys.copy()
+        for c in np.flatnonzero(feasible.movable_C & (generator.random(keys.shape[1]) < 0.3)):
+            if feasible.allowed[c]:
+                keys[:, c] = generator.choice(np.array(feasible.allowed[c], dtype=object), len(keys))
+        child = Transactions(np.where(chosen_F, moved, parent.numbers), keys)
     else:
         source = other if kind == 2 else original
         chosen_F = feasible.movable_F & (generator.random(original.numbers.shape) < 0.4)
