@@ -61,6 +61,10 @@ delay_days = 0.5
 [decisions]
 target_fpr = 0.01
 review_fpr = 0.05
+[constraints]
+times = {{amount = [0.9, 1.1]}}
+bounds = {{lat = [-90, 90]}}
+values = {{provider = ["alpha", "beta"]}}
 """
 
 

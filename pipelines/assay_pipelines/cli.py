@@ -107,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("--alias", default="champion", help="default: champion")
     promote.add_argument("--reason", default="promoted by hand", help="kept in the audit log")
 
+    replay = commands.add_parser("replay", help="make a kept decision again from its stored features, and explain it")
+    replay.add_argument("model", metavar="MODEL")
+    replay.add_argument("event", metavar="EVENT_ID")
+    replay.add_argument("--json", action="store_true", help="print the whole record as one JSON object")
+
     rollback = commands.add_parser("rollback", help="point champion back at the version before")
     rollback.add_argument("model", metavar="MODEL")
 

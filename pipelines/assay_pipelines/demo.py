@@ -28,6 +28,7 @@ from assay_platform.errors import WorkError
 from assay_pipelines.console import Reporter, complain, say
 from assay_pipelines.datasets.table import load_table
 from assay_pipelines.fraud.features import default_plan
+from assay_pipelines.fraud.pipeline import sources_of
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.recommend.split import split_interactions
 from assay_pipelines.wiring import make_options, run_application, show_report
@@ -159,6 +160,22 @@ def _replay_fraud(client: httpx.Client, options: RunOptions) -> None:
         say(f"    {reason['contribution']:+.3f}  {reason['text']}")
     total = highest["base"] + sum(reason["contribution"] for reason in highest["reasons"])
     say(f"    base {highest['base']:+.3f} and all contributions add up to log-odds {total:+.3f}")
+    _report_fraud(client, schema, next(r for r in _records(live, schema) if r[schema.id or "id"] == highest["id"]))
+
+
+def _report_fraud(client: httpx.Client, schema: FraudSchema, record: dict[str, Any]) -> None:
+    """A chargeback comes in: what has anything in common with that payment is scored anew."""
+    later = record[schema.timestamp] + 7 * 86_400
+    again = {**record, schema.id or "id": "the same again", schema.timestamp: later + 60}
+
+    def score() -> float:
+        answer = client.post("/v1/fraud/score", json={"events": [again]}).raise_for_status()
+        return float(answer.json()["scores"][0]["score"])
+
+    before = score()
+    label = {"id": record[schema.id or "id"], "fraud": True, "reported_at": later}
+    client.post("/v1/labels", json={"labels": [label]}).raise_for_status()
+    say(f"the same payment a week later scores {before:.3f}; once the first is reported as fraud, {score():.3f}")
 
 
 def _check_features_agree(events: Events, live: Events, results: list[dict[str, Any]], options: RunOptions) -> None:
@@ -176,8 +193,12 @@ def _check_features_agree(events: Events, live: Events, results: list[dict[str, 
     assert version is not None
     model = FraudModel.load(registry.download(options.model_name, version))
     plan = default_plan(schema)
-    history = events.take(slice(0, len(events) - _LIVE_ROWS + _REPLAYED))
-    batch = model.score(model.encode(model_columns(plan, live, features_at(plan, history, live)))).probability
+    # The service has seen the table without what was held back, and the live rows as they came.
+    (of_events, _), *of_reports = sources_of(plan, schema, events.take(slice(0, len(events) - _LIVE_ROWS)))
+    history = features_at(of_events, events.take(slice(0, len(events) - _LIVE_ROWS + _REPLAYED)), live)
+    for part, known in of_reports:
+        history |= features_at(part, known, live)
+    batch = model.score(model.encode(model_columns(plan, live, history))).probability
     online = np.array([result["score"] for result in results])
     worst = float(np.abs(batch - online).max())
     say(f"the same rows with batch features: largest difference of a score {worst:.1e}")

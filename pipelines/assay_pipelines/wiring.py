@@ -35,6 +35,7 @@ def dispatch(call: argparse.Namespace) -> int:
         "serve": _serve,
         "promote": _promote,
         "rollback": _rollback,
+        "replay": _replay,
         "models": _models,
         "ui": _ui,
         "doctor": _doctor,
@@ -266,6 +267,12 @@ def _promote(call: argparse.Namespace, config: Config) -> int:
     if gate.better_than_champion is False:
         complain(f"note: at its registration this version was {gate.summary}")
     return 0
+
+
+def _replay(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines.fraud.replay import run_replay
+
+    return run_replay(call, config)
 
 
 def _rollback(call: argparse.Namespace, config: Config) -> int:

@@ -13,6 +13,7 @@ from assay_platform.errors import DataError
 from assay_platform.monitoring.metrics import ServiceMetrics
 from assay_platform.storage.tiered import TieredStore
 from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
+from assay_platform.tracking.records import DecisionRecords
 from fastapi import FastAPI, Response
 from fastapi.middleware import Middleware
 
@@ -22,7 +23,6 @@ from assay_services.hot_swap import Follower, Slot
 from assay_services.limits import Gatekeeper
 from assay_services.problems import ProblemError, install
 from assay_services.recommend import ItemRecommender
-from assay_services.records import DecisionRecords
 from assay_services.schemas import (
     DecisionRecord,
     EventsRequest,
@@ -49,6 +49,9 @@ _PROBLEMS: dict[int | str, dict[str, object]] = {
         (503, "No model is loaded"),
     )
 }
+
+
+_MAX_COUNTERFACTUALS = 10
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,12 @@ def create_app(deps: Dependencies) -> FastAPI:
         check_batch(len(body.events))
         loaded = deps.fraud.require()
         model = ModelRef(name=loaded.name, version=loaded.version)
+        if body.counterfactual and len(body.events) > _MAX_COUNTERFACTUALS:
+            raise DataError(f"counterfactual: {len(body.events)} events; at most {_MAX_COUNTERFACTUALS} in one request")
         scores = loaded.model.score(body.events, explain=body.explain, keep_as=model)
+        if body.counterfactual:
+            for event, result in zip(body.events, scores, strict=True):
+                result.counterfactual = loaded.model.counterfactual(event, result)
         for result in scores:
             deps.metrics.decisions.labels(result.decision).inc()
         return FraudResponse(model=model, scores=scores)

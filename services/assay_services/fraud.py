@@ -20,10 +20,13 @@ from assay_platform.errors import ArtifactError, DataError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.decisions import DECISIONS
 from assay_platform.models.fraud import FraudModel
+from assay_platform.robustness.constraints import Transactions
+from assay_platform.robustness.counterfactual import Choices, counterfactual
+from assay_platform.tracking.records import DecisionRecords
+from numpy.typing import NDArray
 
-from assay_services.reasons import ReasonWriter, rule_reason
-from assay_services.records import DecisionRecords
-from assay_services.schemas import FraudScore, Label, LabelsResponse, ModelRef, Record
+from assay_services.reasons import ReasonWriter, rule_reason, would_have_been
+from assay_services.schemas import ColumnChange, Counterfactual, FraudScore, Label, LabelsResponse, ModelRef, Record
 
 _MANY_ROWS = 16
 
@@ -38,6 +41,7 @@ class FraudScorer:
         plan: FeaturePlan,
         repository: FeatureRepository,
         *,
+        choices: Choices,
         rules: tuple[Rule, ...] = (),
         records: DecisionRecords | None = None,
     ) -> None:
@@ -51,6 +55,8 @@ class FraudScorer:
         self._tables = repository.embedding_tables(plan)
         self._reasons = ReasonWriter(plan, model.feature_names, usual=model.reference_columns())
         self._rules, self._records = rules, records
+        self._choices = choices
+        self._feasible = choices.feasible(schema.limits, schema.numeric, schema.keys)
 
     @staticmethod
     def load(folder: Path, repository: FeatureRepository, records: DecisionRecords | None = None) -> "FraudScorer":
@@ -61,7 +67,9 @@ class FraudScorer:
             raise ArtifactError(f"{folder}: features.json holds a schema for {schema.kind!r}")
         plan = FeaturePlan.from_dict(companion["plan"])
         rules = rules_from_dict(read_json(folder, "rules"))
-        scorer = FraudScorer(FraudModel.load(folder), schema, plan, repository, rules=rules, records=records)
+        choices = Choices.from_dict(read_json(folder, "choices"))
+        model = FraudModel.load(folder)
+        scorer = FraudScorer(model, schema, plan, repository, choices=choices, rules=rules, records=records)
         record: Record = dict.fromkeys((*schema.keys, *schema.numbers))
         for explain in (True, False):  # they take different paths through the net
             for num_rows in (1, _MANY_ROWS):
@@ -74,14 +82,7 @@ class FraudScorer:
         Raises:
             DataError: an event lacks a column or has a value that does not fit.
         """
-        schema = self.schema
-        events = events_from_records(
-            records,
-            timestamp=schema.timestamp,
-            keys=schema.keys,
-            numbers=schema.numbers,
-            id_column=schema.id or "id",
-        )
+        events = self._events(records)
         history: dict[str, Any] = {}
         for part, stream in self._streams:
             keys = {entity: list(entity_keys(entity, events)) for entity in part.entities}
@@ -131,6 +132,32 @@ class FraudScorer:
                 }
                 kept[score.id] = {"event": record, "decision": decision}
         return kept
+
+    def counterfactual(self, record: Record, score: FraudScore) -> Counterfactual | None:
+        """A few changes that would have had an event approved; None where it was, or where none are found."""
+        if score.decision == "approve":
+            return None
+        schema = self.schema
+        events = self._events([record])
+
+        def forms(written: Transactions) -> list[Record]:
+            numbers = [dict(zip(schema.numeric, map(_plain, row), strict=True)) for row in written.numbers.tolist()]
+            keys = [dict(zip(schema.keys, row, strict=True)) for row in written.keys.tolist()]
+            return [{**record, **n, **k} for n, k in zip(numbers, keys, strict=True)]
+
+        def judge(written: Transactions) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+            made = self.score(forms(written), explain=False)
+            return np.array([m.score for m in made]), np.array([m.decision == "approve" for m in made])
+
+        original = Transactions(
+            np.array([[float(events.numbers[name][0]) for name in schema.numeric]]).reshape(1, -1),
+            np.array([[events.keys[name][0] for name in schema.keys]], dtype=object).reshape(1, -1),
+        )
+        found = counterfactual(judge, original, self._feasible, self._choices)
+        if found is None:
+            return None
+        changes = [ColumnChange(feature=c.column, was=c.was, would_be=c.would_be) for c in found.changes]
+        return Counterfactual(changes=changes, score=found.score, text=would_have_been(changes))
 
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""
@@ -194,6 +221,12 @@ class FraudScorer:
         times = np.array([time_us for *_, time_us in frauds], dtype=np.int64)
         order = np.argsort(times, kind="stable")
         stream.push(replace(events, time_us=times).take(order))
+
+    def _events(self, records: list[Record]) -> Events:
+        schema = self.schema
+        return events_from_records(
+            records, timestamp=schema.timestamp, keys=schema.keys, numbers=schema.numbers, id_column=schema.id or "id"
+        )
 
     def _parsed(self, plan: FeaturePlan, records: list[Record], places: list[str] | None = None) -> Events:
         label = () if self._reports is None else (self._reports.column,)

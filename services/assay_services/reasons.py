@@ -23,7 +23,7 @@ from assay_features.definitions import (
 from assay_features.rules import Rule
 from numpy.typing import NDArray
 
-from assay_services.schemas import Reason
+from assay_services.schemas import ColumnChange, Reason
 
 NUM_REASONS = 6
 OTHERS = "(all other features)"
@@ -71,7 +71,7 @@ class ReasonWriter:
 
     def _text(self, name: str, value: float | str | None, share: float) -> str:
         definition = self._definitions.get(name)
-        shown = "unknown" if value is None else value if isinstance(value, str) else f"{value:,.4g}"
+        shown = _shown(value)
         if isinstance(definition, Window):
             span = f"in the last {duration_name(definition.length_s)}"
             of = f"of {definition.column} " if definition.column else ""
@@ -104,7 +104,7 @@ class ReasonWriter:
         usual = self._usual.get(name)
         if usual is None or usual == value:
             return ""
-        return f", usual is {usual if isinstance(usual, str) else f'{usual:,.4g}'}".replace(chr(31), " with ")
+        return f", usual is {_shown(usual)}".replace(chr(31), " with ")
 
     def _ratio(self, ratio: Ratio, value: float | str | None, shown: str) -> str:
         frauds = self._definitions.get(ratio.numerator)
@@ -123,6 +123,16 @@ def rule_reason(rule: Rule) -> Reason:
     ]
     text = f"rule '{rule.name}' says {rule.action}: {' and '.join(texts)}"
     return Reason(feature=f"rule: {rule.name}", value=None, contribution=0.0, text=text)
+
+
+def would_have_been(changes: Sequence[ColumnChange]) -> str:
+    """A counterfactual as a sentence."""
+    parts = [f"{c.feature} were {_shown(c.would_be)} instead of {_shown(c.was)}" for c in changes]
+    return f"would have been approved if {' and '.join(parts)}"
+
+
+def _shown(value: float | str | None) -> str:
+    return "unknown" if value is None else value if isinstance(value, str) else f"{value:,.4g}"
 
 
 def _bounds(where: Where) -> str:

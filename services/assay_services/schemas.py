@@ -12,10 +12,15 @@ class _Body(BaseModel):
 
 
 class FraudRequest(_Body):
-    """Events to score, each with the columns of the model's schema; null where unknown."""
+    """Events to score, each with the columns of the model's schema; null where unknown.
+
+    counterfactual: for each event that is not approved, look for a few changes that would have made it so. It scores
+    hundreds of forms of the event, so it is meant for one refusal at a time.
+    """
 
     events: Annotated[list[Record], Field(min_length=1)]
     explain: bool = False
+    counterfactual: bool = False
 
 
 class ModelRef(BaseModel):
@@ -34,6 +39,22 @@ class Reason(BaseModel):
     text: str
 
 
+class ColumnChange(BaseModel):
+    """One column as it was and as it would have to be."""
+
+    feature: str
+    was: float | str | None
+    would_be: float | str
+
+
+class Counterfactual(BaseModel):
+    """Changes within what a sender can change that together would have led to an approval, at this score."""
+
+    changes: list[ColumnChange]
+    score: float
+    text: str
+
+
 class FraudScore(BaseModel):
     """score is a calibrated probability. With `explain`, sigmoid(base + Σ contribution) = score.
 
@@ -47,6 +68,7 @@ class FraudScore(BaseModel):
     rules: list[str] = []
     base: float | None = None
     reasons: list[Reason] = []
+    counterfactual: Counterfactual | None = None
 
 
 class FraudResponse(BaseModel):

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from assay_features.schema import read_schema
+from assay_pipelines.cli import main
 from assay_pipelines.console import Reporter
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.tracking import open_registry
@@ -94,6 +95,8 @@ def test_a_fraud_run_reports_the_contract_and_learned_the_signal(fraud_report: R
     assert report["baselines"]["lightgbm"].keys() >= FRAUD_METRICS
     assert report["timings_s"].keys() >= {"features", "tune", "train"}
     assert report["metrics"]["auc"] > 0.7
+    assert 0 <= report["metrics"]["robust_recall"] <= report["metrics"]["attacked_recall_before"] <= 1
+    assert report["metrics"]["robust_auc"] <= 1
     json.dumps(report, allow_nan=False)
 
 
@@ -264,6 +267,54 @@ def test_a_reported_fraud_changes_the_score_of_what_it_has_in_common_and_is_on_r
     assert service.post("/v1/labels", json={"labels": [unseen]}).json()["accepted"] == 1
     assert _record(service, later)["decision"]["features"][name] == pytest.approx(0.5)
     assert service.get("/v1/fraud/decisions/nothing").status_code == 404
+
+
+def test_a_refusal_says_what_would_have_been_approved(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]]
+) -> None:
+    risky = payment(files, transaction_id="refused", card_id="c1", amount=70, provider="gamma")
+    body = {"events": [risky, payment(files, amount=5, provider="alpha")], "counterfactual": True, "explain": True}
+    refused, fine = service.post("/v1/fraud/score", json=body).json()["scores"]
+    assert fine["decision"] == "approve"
+    assert fine["counterfactual"] is None
+    assert refused["decision"] != "approve"
+    found = refused["counterfactual"]
+    assert found is not None
+    assert found["text"].startswith("would have been approved if ")
+    changed = {change["feature"]: change["would_be"] for change in found["changes"]}
+    assert "country" not in changed, "immutable"
+    again = service.post("/v1/fraud/score", json={"events": [{**risky, **changed}]}).json()["scores"][0]
+    assert again["decision"] == "approve"
+    assert again["score"] == pytest.approx(found["score"], abs=1e-6)
+    many = {"events": [risky] * 11, "counterfactual": True}
+    assert "at most 10 in one request" in service.post("/v1/fraud/score", json=many).json()["detail"]
+
+
+def test_an_auditor_makes_the_decision_again(
+    service: httpx.Client, home: Config, files: dict[str, tuple[Path, Path]], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ASSAY_HOME", str(home.paths.home))
+    made = _record(service, payment(files, transaction_id="to audit", provider=None, lat=None))["decision"]
+    time.sleep(1.0)  # until it is on disk
+
+    def replay(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["replay", *arguments])
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    code, out, err = replay("fraud-own", "to audit", "--json")
+    assert code == 0, err
+    replayed = json.loads(out.splitlines()[-1])["replayed"]
+    assert replayed["agrees"]
+    total = replayed["base"] + sum(replayed["contributions"].values())
+    assert 1 / (1 + np.exp(-total)) == pytest.approx(made["score"], abs=1e-6)
+    code, out, _ = replay("fraud-own", "to audit")
+    assert code == 0
+    assert f"{made['decision']} by fraud-own version {made['model']['version']}" in out
+    assert replay("fraud-own", "nobody")[0] == 2
+    assert replay("no-such-model", "x")[0] == 2
 
 
 def _record(service: httpx.Client, event: dict[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,9 @@ def gate(**changes: object) -> object:
         ({"calibration_error": float("nan")}, False, "not calibrated"),
         ({"baselines": {}}, False, "no lightgbm baseline"),
         ({"candidate": float("nan")}, False, "nan"),
+        ({"recall": 0.4, "robust_recall": 0.31}, True, "first version"),
+        ({"recall": 0.4, "robust_recall": 0.2}, False, "of a recall of 0.400, feasible attacks leave 0.200"),
+        ({"recall": 0.0, "robust_recall": 0.0}, True, "first version"),
     ],
 )
 def test_the_gate(changes: dict[str, object], passed: bool, text: str) -> None:

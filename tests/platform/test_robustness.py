@@ -114,7 +114,8 @@ def test_evolution_finds_the_best_feasible_row_and_changes_nothing_else() -> Non
     found = evolve(score, original, donors, feasible, np.random.default_rng(1), config)
     np.testing.assert_allclose(found.logits, score(np.arange(50), found.transactions))
     # No donor has a laptop: it is found among the allowed categories.
-    assert found.logits.max() < -4.0
+    assert np.median(found.logits) < -4.7
+    assert found.logits.max() < -2.0
     assert found.num_scores == 50 + 30 * 12 * 50
     again = evolve(score, original, donors, feasible, np.random.default_rng(1), config)
     np.testing.assert_array_equal(again.logits, found.logits)

@@ -16,6 +16,7 @@ from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudModel
 from assay_platform.robustness.attacks import EvolutionConfig, evolve, swap_with_donors
 from assay_platform.robustness.constraints import Constraints, FeasibleSet, Transactions
+from assay_platform.robustness.counterfactual import Choices
 from numpy.typing import NDArray
 
 from assay_pipelines.fraud.evaluate import auc
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from assay_pipelines.fraud.pipeline import Prepared
 
 Rows = NDArray[np.intp]
-_NUM_COPIES, _MAX_DONORS = 4, 20_000
+_NUM_COPIES, _MAX_DONORS = 16, 20_000
 # What a gate can afford; benchmarks search longer.
 GATE_ATTACK = EvolutionConfig(num_generations=10, population=12)
 _MAX_ATTACKED = 300
@@ -47,7 +48,7 @@ class Adversary:
         self._prepared = prepared
         schema = prepared.schema
         self._numeric, self._keys = schema.numeric, schema.keys
-        self.feasible = FeasibleSet.fit(schema.limits, self._numeric, self._keys, self.transactions(prepared.train))
+        self.feasible = FeasibleSet.fit(schema.limits, self._numeric, self._keys, written(prepared, prepared.train))
         movable = {n for n, m in zip(self._numeric, self.feasible.movable_F, strict=True) if m}
         movable |= {n for n, m in zip(self._keys, self.feasible.movable_C, strict=True) if m}
         # Only of an entity that can be posed as are there other features than the row's own.
@@ -58,20 +59,15 @@ class Adversary:
 
     def transactions(self, rows: Rows) -> Transactions:
         """Events of the table as their senders wrote them."""
-        events = self._prepared.events
-        numbers = np.column_stack([np.empty((len(rows), 0)), *(events.numbers[n][rows] for n in self._numeric)])
-        keys = np.empty((len(rows), len(self._keys)), dtype=object)
-        for c, name in enumerate(self._keys):
-            keys[:, c] = events.keys[name][rows]
-        return Transactions(numbers, keys)
+        return written(self._prepared, rows)
 
-    def encode(self, rows: Rows, written: Transactions) -> EncodedRows:
-        """What the model sees of events of the table in another form. rows (M,), written (M,)."""
+    def encode(self, rows: Rows, forms: Transactions) -> EncodedRows:
+        """What the model sees of events of the table in another form. rows (M,), forms (M,)."""
         prepared = self._prepared
         events = Events(
             prepared.events.time_us[rows],
-            {name: written.keys[:, c] for c, name in enumerate(self._keys)},
-            {name: written.numbers[:, f] for f, name in enumerate(self._numeric)},
+            {name: forms.keys[:, c] for c, name in enumerate(self._keys)},
+            {name: forms.numbers[:, f] for f, name in enumerate(self._numeric)},
         )
         history = {name: np.asarray(prepared.columns[name])[rows] for name in prepared.plan.numeric_names}
         for held in self._histories:
@@ -84,9 +80,8 @@ class Adversary:
         frauds, donors = rows[labels], self._donors(rows[~labels], generator)
         parts = []
         for _ in range(_NUM_COPIES):
-            written = self.transactions(frauds)
-            share = float(generator.choice([0.3, 0.6, 1.0]))
-            parts.append(self.encode(frauds, swap_with_donors(written, donors, self.feasible, generator, share=share)))
+            own, share = self.transactions(frauds), float(generator.choice([0.3, 0.6, 1.0]))
+            parts.append(self.encode(frauds, swap_with_donors(own, donors, self.feasible, generator, share=share)))
         of = torch.full((len(rows),), -1, dtype=torch.int64)
         of[torch.from_numpy(np.flatnonzero(labels))] = torch.arange(len(frauds))
         return Copies(
@@ -107,7 +102,7 @@ class Adversary:
         if len(frauds) > max_attacked:
             frauds = np.sort(generator.choice(frauds, max_attacked, replace=False))
         found = evolve(
-            lambda which, written: model.logits(self.encode(frauds[which], written)),
+            lambda which, forms: model.logits(self.encode(frauds[which], forms)),
             self.transactions(frauds),
             self._donors(self._prepared.train[~self._prepared.labels[self._prepared.train]], generator),
             self.feasible,
@@ -134,3 +129,20 @@ class Adversary:
 def is_declared(constraints: Constraints) -> bool:
     """Whether a schema says more of its senders than what they cannot change at all."""
     return constraints != Constraints()
+
+
+def written(prepared: "Prepared", rows: Rows) -> Transactions:
+    """Events of a table as their senders wrote them."""
+    events, schema = prepared.events, prepared.schema
+    numbers = np.column_stack([np.empty((len(rows), 0)), *(events.numbers[n][rows] for n in schema.numeric)])
+    keys = np.empty((len(rows), len(schema.keys)), dtype=object)
+    for c, name in enumerate(schema.keys):
+        keys[:, c] = events.keys[name][rows]
+    return Transactions(numbers, keys)
+
+
+def possible_choices(prepared: "Prepared") -> Choices:
+    """What a counterfactual may try, from the legitimate training events."""
+    schema = prepared.schema
+    legitimate = written(prepared, prepared.train[~prepared.labels[prepared.train]])
+    return Choices.fit(FeasibleSet.fit(schema.limits, schema.numeric, schema.keys, legitimate), legitimate)

@@ -20,7 +20,7 @@ _SHARED = {"objective": "binary", "metric": "average_precision", "verbosity": -1
 _SMALL = {"num_leaves": 31, "min_data_in_leaf": 50, "feature_fraction": 0.6}
 _LARGE = {"num_leaves": 191, "min_data_in_leaf": 100, "feature_fraction": 0.4, "lambda_l2": 5.0}
 _MAX_TREES, _PATIENCE = 1500, 60
-_REFIT_FACTOR = 1.1
+_REFIT_FACTOR, _FEW_ROWS = 1.1, 20_000
 
 
 class Baseline(NamedTuple):
@@ -60,7 +60,7 @@ def tuned_lightgbm(
     """Fit both configurations, keep the better on validation, refit it on train + validation."""
     import lightgbm as lgb
 
-    threads = len(os.sched_getaffinity(0))
+    threads = 1 if len(train) < _FEW_ROWS else len(os.sched_getaffinity(0))
 
     def data(rows: NDArray[np.intp]) -> lgb.Dataset:
         return lgb.Dataset(frame.iloc[rows], labels[rows], free_raw_data=False)

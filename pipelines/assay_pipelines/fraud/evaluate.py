@@ -76,3 +76,10 @@ def fraud_metrics(probability: Floats, labels: Flags, *, threshold: float | None
 def _recall_precision(flagged: Flags, labels: Flags) -> tuple[float, float]:
     hits = float((flagged & labels).sum())
     return hits / max(1.0, float(labels.sum())), hits / max(1.0, float(flagged.sum()))
+
+
+def entity_overlap(keys: NDArray[np.object_], seen: NDArray[np.intp], rows: NDArray[np.intp]) -> float:
+    """The share of rows with a key whose key was among the rows `seen`; NaN if none has a key."""
+    known = {key for key in keys[seen].tolist() if key is not None}
+    asked = [key in known for key in keys[rows].tolist() if key is not None]
+    return float(np.mean(asked)) if asked else float("nan")

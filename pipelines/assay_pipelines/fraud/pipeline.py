@@ -1,6 +1,7 @@
 """The fraud pipeline: table → features through Feast → search → train → calibrate → compare → gate → registry."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,11 @@ from numpy.typing import NDArray
 
 from assay_pipelines.console import Reporter
 from assay_pipelines.datasets.table import LoadedTable, load_table
+from assay_pipelines.fraud.adversary import Adversary, Robustness, is_declared, possible_choices
 from assay_pipelines.fraud.baseline import tree_frame, tuned_lightgbm
 from assay_pipelines.fraud.evaluate import (
     average_precision,
+    entity_overlap,
     expected_calibration_error,
     fraud_metrics,
     tolerated_calibration_error,
@@ -46,7 +49,7 @@ from assay_pipelines.fraud.train import (
     objective,
     train_net,
 )
-from assay_pipelines.fraud.trees import fit_blend, refit_size, train_trees
+from assay_pipelines.fraud.trees import fit_blend, refit_size, train_trees, tree_rows, with_worst_forms
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.tracking import (
@@ -77,6 +80,7 @@ class Prepared:
     def __init__(self, options: RunOptions, reporter: Reporter) -> None:
         assert isinstance(options.schema, FraudSchema)
         self.schema = options.schema
+        self._adversary: Adversary | None = None
         self.plan = options.plan or default_plan(self.schema)
         check_plan(self.plan, self.schema)
         self.tables = _trained_tables(self.plan, options)
@@ -140,13 +144,7 @@ class Prepared:
 
     def sources(self) -> list[tuple[FeaturePlan, Events]]:
         """Each part of the plan with the events that its features are of."""
-        past = self.history_events
-        sources = []
-        for plan, reports in plan_parts(self.plan, self.schema):
-            known = past if reports is None else reports.of(past)
-            # What would be reported after the table ends has not been yet; it comes through the service.
-            sources.append((plan, known.take(known.time_us <= past.time_us[-1])))
-        return sources
+        return sources_of(self.plan, self.schema, self.history_events)
 
     def _check_tables(self) -> None:
         """No vector may have learned from labels that this run measures with."""
@@ -159,6 +157,12 @@ class Prepared:
                     f"training period of this run ends at {_moment(newest_us)}; `assay features embed` with this "
                     "table and schema trains one that fits"
                 )
+
+    def adversary(self) -> Adversary | None:
+        """Who attacks this table, if its schema says what senders can change."""
+        if self._adversary is None and is_declared(self.schema.constraints):
+            self._adversary = Adversary(self)
+        return self._adversary
 
     def all_before_test(self) -> FraudData:
         """Train and validation rows together, for the last fit."""
@@ -178,6 +182,16 @@ class Prepared:
             train=LabelledRows(train.rows.rows(newest), train.labels[newest]),
             validation=LabelledRows(validation.rows.rows(newest_held), validation.labels[newest_held]),
         )
+
+
+def sources_of(plan: FeaturePlan, schema: FraudSchema, past: Events) -> list[tuple[FeaturePlan, Events]]:
+    """Each part of a plan with the events that its features are of, as known at the end of a table."""
+    sources = []
+    for part, reports in plan_parts(plan, schema):
+        known = past if reports is None else reports.of(past)
+        # What would be reported after the table ends has not been yet; it comes through the service.
+        sources.append((part, known.take(known.time_us <= past.time_us[-1])))
+    return sources
 
 
 def _moment(time_us: int) -> str:
@@ -276,10 +290,21 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         run.log(params={"blend.net": fitted.model.parts.blend.net, "blend.trees": fitted.model.parts.blend.trees})
         model = fitted.model
         if options.refit_on_all:
-            model = refit(model, found.best, prepared, reporter, seed=options.seed)
+            model = refit(fitted, found.best, prepared, reporter, seed=options.seed)
         with reporter.stage("evaluate", "Score the test period"):
             probability = model.score(prepared.rows.rows.rows(_slice(prepared.test))).probability
             metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.policy.decline_from)
+        before = np.arange(prepared.test[0])
+        for entity in prepared.schema.entities:
+            overlap = entity_overlap(prepared.events.keys[entity], before, prepared.test)
+            reporter.line(f"{overlap:.1%} of the test events have a {entity} that was there before the test period")
+        adversary = prepared.adversary()
+        if adversary is not None:
+            with reporter.stage("attack", "Attack the test frauds") as stage:
+                attacked = adversary.attack(model, prepared.test, np.random.default_rng(options.seed))
+                metrics |= {"robust_auc": attacked.robust_auc, "robust_recall": attacked.robust_recall}
+                metrics |= {"attacked_recall_before": attacked.recall, "num_attacked": float(attacked.num_attacked)}
+                stage.update(1.0, f"recall {attacked.recall:.3f}, attacked {attacked.robust_recall:.3f}")
         with reporter.stage("baseline", "Tune and train LightGBM") as stage:
             baseline = tuned_lightgbm(
                 tree_frame(prepared.columns, prepared.schema.numeric, prepared.schema.categorical, prepared.train),
@@ -309,6 +334,8 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             expected_baselines=("lightgbm",),
             calibration_error=fitted.validation_ece,
             tolerated_error=fitted.tolerated_ece,
+            recall=None if fitted.robustness is None else fitted.robustness.recall,
+            robust_recall=0.0 if fitted.robustness is None else fitted.robustness.robust_recall,
         )
         companions = {
             "features": {
@@ -317,6 +344,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
                 "repository": options.model_name,
             },
             "rules": rules_to_dict(options.rules),
+            "choices": possible_choices(prepared).to_dict(),
         }
         number, alias = register_version(
             options,
@@ -355,15 +383,24 @@ class FittedModels(NamedTuple):
     validation_ap: float
     validation_ece: float
     tolerated_ece: float  # that much chance explains
+    robustness: Robustness | None
     history: list[float]  # the net's validation metric of each epoch
     routing: RoutingMonitor
 
 
 def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int) -> FittedModels:
-    """Net and trees on the training rows; blended, calibrated and thresholded on the validation rows."""
-    data = prepared.data
+    """Net and trees on the training rows; blended, calibrated and thresholded on the validation rows.
+
+    Where the schema says what senders can change, both are trained on other forms of the frauds too, and the validation
+    frauds are attacked.
+    """
     held = prepared.rows.take(_slice(prepared.validation))
     labels = prepared.labels[prepared.validation]
+    generator = np.random.default_rng(seed)
+    data, adversary = prepared.data, prepared.adversary()
+    if adversary is not None:
+        with reporter.stage("train", "Other forms of frauds"):
+            data = replace(data, copies=adversary.copies(prepared.train, generator))
     with reporter.stage("train", "Train the MoE net") as stage:
         num_epochs = num_final_epochs(params, len(data.train))
         net, fitted, routing = train_net(
@@ -371,12 +408,12 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
             on_epoch=lambda epoch, metric: stage.update(epoch / num_epochs, f"validation AP {metric:.3f}"),
         )  # fmt: skip
         stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
+    numbers = held.rows.numbers()
     with reporter.stage("train", "Train the trees") as stage:
-        numbers = held.rows.numbers()
-        trees = train_trees(
-            data.train.rows.numbers(), prepared.labels[prepared.train], seed=seed, held=(numbers, labels),
-            on_progress=stage.update,
-        ).trees  # fmt: skip
+        rows = tree_rows(data)
+        if data.copies is not None:
+            rows = with_worst_forms(rows, data.copies, seed=seed)
+        trees = train_trees(rows, seed=seed, held=(numbers, labels), on_progress=stage.update).trees
         stage.update(1.0, f"{len(trees)} trees")
     with reporter.stage("train", "Blend and calibrate") as stage:
         blend = fit_blend(net_logits(net, held.rows), trees.logits(numbers), labels)
@@ -386,19 +423,27 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
         probability = calibration.probability(logits)
         policy = Policy.fit(prepared.schema.decisions, probability, labels)
         model = model.changed(calibration=calibration, policy=policy, amount=prepared.schema.amount)
-        reached = float(average_precision(labels, logits))
+        reached = average_precision(labels, logits)
         stage.update(1.0, f"validation AP {reached:.3f}, net {blend.net:.2f}, trees {blend.trees:.2f}")
+    robustness = None
+    if adversary is not None:
+        with reporter.stage("attack", "Attack the validation frauds") as stage:
+            robustness = adversary.attack(model, prepared.validation, generator)
+            stage.update(1.0, f"recall {robustness.recall:.3f}, attacked {robustness.robust_recall:.3f}")
     return FittedModels(
         model, reached, expected_calibration_error(probability, labels),
-        tolerated_calibration_error(probability, seed=0), fitted.history, routing,
+        tolerated_calibration_error(probability, seed=0), robustness, fitted.history, routing,
     )  # fmt: skip
 
 
 def refit(
-    model: FraudModel, params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int
+    fitted: FittedModels, params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int
 ) -> FraudModel:
     """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen."""
-    data = prepared.all_before_test()
+    data, adversary = prepared.all_before_test(), prepared.adversary()
+    if adversary is not None:
+        both = np.concatenate([prepared.train, prepared.validation])
+        data = replace(data, copies=adversary.copies(both, np.random.default_rng(seed)))
     with reporter.stage("refit", "Refit the net on train + validation") as stage:
         num_epochs = num_final_epochs(params, len(data.train))
         net = train_net(
@@ -406,12 +451,13 @@ def refit(
             on_epoch=lambda epoch, _: stage.update(epoch / num_epochs, f"epoch {epoch} of {num_epochs}"),
         ).net  # fmt: skip
     with reporter.stage("refit", "Refit the trees on train + validation") as stage:
-        assert model.parts.trees is not None
-        trees = train_trees(
-            data.train.rows.numbers(), data.train.labels.numpy() > 0.5, seed=seed,
-            num_trees=refit_size(model.parts.trees), on_progress=stage.update,
-        ).trees  # fmt: skip
-    return model.changed(net=net, trees=trees)
+        first = fitted.model.parts.trees
+        assert first is not None
+        rows = tree_rows(data)
+        if data.copies is not None:
+            rows = with_worst_forms(rows, data.copies, seed=seed)
+        trees = train_trees(rows, seed=seed, num_trees=refit_size(first), on_progress=stage.update).trees
+    return fitted.model.changed(net=net, trees=trees)
 
 
 def num_final_epochs(params: Mapping[str, Any], num_rows: int) -> int:

@@ -71,7 +71,7 @@ class Copies(NamedTuple):
         values, codes = self.rows.values_NF[frauds], self.rows.codes_NC[frauds]
         with torch.no_grad():
             logits, _ = net(EncodedRows(values.flatten(0, 1), codes.flatten(0, 1)))
-        chosen = logits.view(len(frauds), -1).argmin(dim=1)
+        chosen = logits.view(values.shape[:2]).argmin(dim=1)
         at = torch.arange(len(frauds))
         return EncodedRows(values[at, chosen], codes[at, chosen])
 

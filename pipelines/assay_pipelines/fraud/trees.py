@@ -9,10 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from assay_platform.models.calibration import fit_platt
+from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import Blend
 from assay_platform.models.trees import TreeEnsemble
 from numpy.typing import NDArray
+
+from assay_pipelines.fraud.train import Copies, FraudData
 
 Floats = NDArray[np.floating]
 Flags = NDArray[np.bool_]
@@ -23,6 +27,8 @@ PARAMETERS: dict[str, Any] = {
     "deterministic": True, "force_row_wise": True,
 }  # fmt: skip
 _MAX_TREES, _PATIENCE = 1200, 80
+_FEW_ROWS = 20_000
+_ROUNDS, _SCOUT_TREES, _SCOUT_RATE = 2, 150, 0.12
 # More rows, a little more to learn from them.
 _REFIT_FACTOR = 1.1
 _WEIGHTS = np.linspace(0.0, 1.0, 21)
@@ -35,21 +41,58 @@ class FittedTrees(NamedTuple):
     validation_ap: float
 
 
+class TreeRows(NamedTuple):
+    """What trees are trained on."""
+
+    numbers: NDArray[np.float32]  # (N, F)
+    labels: Flags
+
+    def with_forms(self, forms: EncodedRows) -> "TreeRows":
+        """Other forms of frauds as further frauds."""
+        extra = forms.numbers()
+        return TreeRows(
+            np.concatenate([self.numbers, extra]), np.concatenate([self.labels, np.ones(len(extra), dtype=bool)])
+        )
+
+
+def tree_rows(data: FraudData) -> TreeRows:
+    """The training rows as trees take them."""
+    return TreeRows(data.train.rows.numbers(), data.train.labels.numpy() > 0.5)
+
+
+def with_worst_forms(rows: TreeRows, copies: Copies, *, seed: int) -> TreeRows:
+    """The rows, and of each fraud the forms that small trees take for the most harmless: first trees that saw no other
+    forms, then trees that saw those.
+    """
+    for _ in range(_ROUNDS):
+        scout = train_trees(rows, seed=seed, num_trees=_SCOUT_TREES, learning_rate=_SCOUT_RATE).trees
+        rows = rows.with_forms(worst_forms(copies, scout))
+    return rows
+
+
+def worst_forms(copies: Copies, trees: TreeEnsemble) -> EncodedRows:
+    """Of each fraud the form that these trees take for the most harmless."""
+    num_frauds, num_forms = copies.rows.values_NF.shape[:2]
+    flat = EncodedRows(copies.rows.values_NF.flatten(0, 1), copies.rows.codes_NC.flatten(0, 1))
+    chosen = trees.logits(flat.numbers()).reshape(num_frauds, num_forms).argmin(axis=1)
+    return flat.rows(torch.from_numpy(np.arange(num_frauds) * num_forms + chosen))
+
+
 def train_trees(
-    rows: Floats,
-    labels: Flags,
+    rows: TreeRows,
     *,
     seed: int,
     held: tuple[Floats, Flags] | None = None,
     num_trees: int | None = None,
-    weight: Floats | None = None,
+    learning_rate: float = PARAMETERS["learning_rate"],
     on_progress: Callable[[float, str], None] = lambda _done, _note: None,
 ) -> FittedTrees:
-    """Trees on rows (N, F). Give either `held`, rows that say when to stop, or `num_trees`."""
+    """Give either `held`, rows that say when to stop, or `num_trees`."""
     import lightgbm as lgb
 
-    threads = len(os.sched_getaffinity(0))
-    parameters = {**PARAMETERS, "seed": seed, "num_threads": threads}
+    # Threads that wait for one another at every node cost more than they bring where there is little to do.
+    threads = 1 if len(rows.labels) < _FEW_ROWS else len(os.sched_getaffinity(0))
+    parameters = {**PARAMETERS, "learning_rate": learning_rate, "seed": seed, "num_threads": threads}
     most = num_trees or _MAX_TREES
 
     def progress(env: Any) -> None:
@@ -57,7 +100,7 @@ def train_trees(
             reached = "" if held is None else f", validation AP {env.evaluation_result_list[0][2]:.3f}"
             on_progress(env.iteration / most, f"{env.iteration} trees{reached}")
 
-    data = lgb.Dataset(rows, labels, weight=weight)
+    data = lgb.Dataset(rows.numbers, rows.labels)
     callbacks: list[Any] = [progress]
     if held is not None:
         callbacks.append(lgb.early_stopping(_PATIENCE, verbose=False))
