@@ -54,17 +54,13 @@ train = 0.7
 validation = 0.1
 """
 
-# The same table where frauds are reported half a day later, decisions have three ways, and senders have limits.
+# The same table where frauds are reported half a day later, decisions have three ways.
 REPORTED_SCHEMA = f"""{FRAUD_SCHEMA}
 [labels]
 delay_days = 0.5
 [decisions]
 target_fpr = 0.01
 review_fpr = 0.05
-[constraints]
-times = {{amount = [0.9, 1.1]}}
-bounds = {{lat = [-90, 90]}}
-values = {{provider = ["alpha", "beta"]}}
 """
 
 

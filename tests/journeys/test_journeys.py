@@ -95,8 +95,6 @@ def test_a_fraud_run_reports_the_contract_and_learned_the_signal(fraud_report: R
     assert report["baselines"]["lightgbm"].keys() >= FRAUD_METRICS
     assert report["timings_s"].keys() >= {"features", "tune", "train"}
     assert report["metrics"]["auc"] > 0.7
-    assert 0 <= report["metrics"]["robust_recall"] <= report["metrics"]["attacked_recall_before"] <= 1
-    assert report["metrics"]["robust_auc"] <= 1
     json.dumps(report, allow_nan=False)
 
 
