@@ -385,6 +385,7 @@ class FittedModels(NamedTuple):
     tolerated_ece: float  # that much chance explains
     robustness: Robustness | None
     history: list[float]  # the net's validation metric of each epoch
+    best_epoch: int
     routing: RoutingMonitor
 
 
@@ -432,31 +433,37 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
             stage.update(1.0, f"recall {robustness.recall:.3f}, attacked {robustness.robust_recall:.3f}")
     return FittedModels(
         model, reached, expected_calibration_error(probability, labels),
-        tolerated_calibration_error(probability, seed=0), robustness, fitted.history, routing,
+        tolerated_calibration_error(probability, seed=0), robustness, fitted.history, fitted.best_epoch, routing,
     )  # fmt: skip
 
 
 def refit(
     fitted: FittedModels, params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int
 ) -> FraudModel:
-    """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen."""
+    """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen.
+
+    The net takes as many passes as were best before; a part that the blend does not use is not trained again.
+    """
     data, adversary = prepared.all_before_test(), prepared.adversary()
+    parts = fitted.model.parts
     if adversary is not None:
         both = np.concatenate([prepared.train, prepared.validation])
         data = replace(data, copies=adversary.copies(both, np.random.default_rng(seed)))
-    with reporter.stage("refit", "Refit the net on train + validation") as stage:
-        num_epochs = num_final_epochs(params, len(data.train))
-        net = train_net(
-            params, data, num_epochs=num_epochs, seed=seed,
-            on_epoch=lambda epoch, _: stage.update(epoch / num_epochs, f"epoch {epoch} of {num_epochs}"),
-        ).net  # fmt: skip
-    with reporter.stage("refit", "Refit the trees on train + validation") as stage:
-        first = fitted.model.parts.trees
-        assert first is not None
-        rows = tree_rows(data)
-        if data.copies is not None:
-            rows = with_worst_forms(rows, data.copies, seed=seed)
-        trees = train_trees(rows, seed=seed, num_trees=refit_size(first), on_progress=stage.update).trees
+    net, trees = parts.net, parts.trees
+    if parts.blend.net:
+        with reporter.stage("refit", "Refit the net on train + validation") as stage:
+            num_epochs = fitted.best_epoch
+            net = train_net(
+                params, data, num_epochs=num_epochs, seed=seed,
+                on_epoch=lambda epoch, _: stage.update(epoch / num_epochs, f"epoch {epoch} of {num_epochs}"),
+            ).net  # fmt: skip
+    if parts.blend.trees:
+        with reporter.stage("refit", "Refit the trees on train + validation") as stage:
+            assert trees is not None
+            rows = tree_rows(data)
+            if data.copies is not None:
+                rows = with_worst_forms(rows, data.copies, seed=seed)
+            trees = train_trees(rows, seed=seed, num_trees=refit_size(trees), on_progress=stage.update).trees
     return fitted.model.changed(net=net, trees=trees)
 
 
