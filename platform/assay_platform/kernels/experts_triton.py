@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 
 class Sorted(NamedTuple):
@@ -418,7 +417,7 @@ def run_backward(
 _FORWARD, _BACKWARD = "assay::expert_swiglu", "assay::expert_swiglu_backward"
 
 
-@custom_op(_FORWARD, mutates_args=())
+@library.custom_op(_FORWARD, mutates_args=())
 def _forward(
     x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, save: bool, partial: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -439,7 +438,7 @@ def _(
     )
 
 
-@custom_op(_BACKWARD, mutates_args=())
+@library.custom_op(_BACKWARD, mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, expert: Tensor, gate: Tensor, saved: Tensor, order: Tensor,
     bounds: Tensor, partial: bool,

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -160,7 +159,7 @@ _SHARED_BYTES = 220_000
 _FORWARD, _BACKWARD = "assay::layer_norm_gelu_residual", "assay::layer_norm_gelu_residual_backward"
 
 
-@custom_op(_FORWARD, mutates_args=())
+@library.custom_op(_FORWARD, mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return run_forward(x, weight, bias, residual, eps)
 
@@ -171,7 +170,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, eps: float) -> 
     return torch.empty_like(residual), each_row, torch.empty_like(each_row)
 
 
-@custom_op(_BACKWARD, mutates_args=())
+@library.custom_op(_BACKWARD, mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,24 +29,26 @@ def _leaf_of(row, node, column, threshold, nan_left, left, right):
     return node
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _score_row(row, roots, column, threshold, nan_left, left, right, value):
+    total = 0.0
+    for root in roots:
+        total += value[_leaf_of(row, root, column, threshold, nan_left, left, right)]
+    return total
+
+
 @njit(nogil=True, cache=True, parallel=True)
 def score_trees(rows, roots, column, threshold, nan_left, left, right, value, out):
     """out (N,): the sum of the leaves of each row."""
     for n in prange(len(rows)):
-        total = 0.0
-        for root in roots:
-            total += value[_leaf_of(rows[n], root, column, threshold, nan_left, left, right)]
-        out[n] = total
+        out[n] = _score_row(rows[n], roots, column, threshold, nan_left, left, right, value)
 
 
 @njit(nogil=True, cache=True)
 def score_one_by_one(rows, roots, column, threshold, nan_left, left, right, value, out):
     """The same on the calling thread: a few rows are over before others have been woken."""
     for n in range(len(rows)):
-        total = 0.0
-        for root in roots:
-            total += value[_leaf_of(rows[n], root, column, threshold, nan_left, left, right)]
-        out[n] = total
+        out[n] = _score_row(rows[n], roots, column, threshold, nan_left, left, right, value)
 
 
 @njit(nogil=True, cache=True)
