@@ -187,7 +187,10 @@ class FraudScorer:
         frauds: list[tuple[int, str, Record, int]] = []
         known: dict[str, Record] = {}
         for i, label in enumerate(labels):
-            name = canonical_key(label.id)
+            try:
+                name = canonical_key(label.id)
+            except ValueError as error:
+                raise DataError(f"labels[{i}].id: {error}") from error
             if name is None:
                 raise DataError(f"labels[{i}].id: is empty")
             record = known.get(name) or (self._records.get(name) if self._records is not None else None) or {}
@@ -206,13 +209,14 @@ class FraudScorer:
             if label.fraud and not record.get("label", {}).get("fraud"):
                 frauds.append((i, name, event, time_us))
         if frauds and self._reports is not None:
-            self._push_reports(frauds)
+            answer.late = self._push_reports(frauds)
         if self._records is not None:
             self._records.remember({n: {k: r[k] for k in ("event", "label")} for n, r in known.items()})
         answer.accepted = len(labels) - len(answer.duplicates) - len(answer.unknown)
         return answer
 
-    def _push_reports(self, frauds: list[tuple[int, str, Record, int]]) -> None:
+    def _push_reports(self, frauds: list[tuple[int, str, Record, int]]) -> list[int]:
+        """Places of the labels whose reports are too old for the features."""
         assert self._reports is not None
         part, stream = self._streams[1]
         column = self._reports.column
@@ -220,7 +224,8 @@ class FraudScorer:
         events = self._parsed(part, records, [f"labels[{i}].event" for i, *_ in frauds])
         times = np.array([time_us for *_, time_us in frauds], dtype=np.int64)
         order = np.argsort(times, kind="stable")
-        stream.push(replace(events, time_us=times).take(order))
+        pushed = stream.push(replace(events, time_us=times).take(order))
+        return sorted(frauds[int(order[place])][0] for place in pushed.late)
 
     def _events(self, records: list[Record]) -> Events:
         schema = self.schema

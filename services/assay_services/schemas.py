@@ -143,12 +143,14 @@ class LabelsRequest(_Body):
 class LabelsResponse(BaseModel):
     """accepted: how many were taken in. duplicates: places of labels that were known already.
 
-    unknown: places of labels whose event is not known; send its columns as `event`.
+    unknown: places of labels whose event is not known; send its columns as `event`. late: places of frauds that are on
+    record, but whose `reported_at` is too far behind the newest report for the features to take in.
     """
 
     accepted: int
     duplicates: list[int] = []
     unknown: list[int] = []
+    late: list[int] = []
 
 
 class DecisionRecord(BaseModel):

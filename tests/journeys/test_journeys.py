@@ -251,14 +251,16 @@ def test_a_reported_fraud_changes_the_score_of_what_it_has_in_common_and_is_on_r
     assert _record(service, later)["decision"]["features"][name] == 0.0
     reported = {"id": "mule1", "fraud": True, "reported_at": moment + 80_000}
     body = {"labels": [reported, {"id": "nobody knows", "fraud": True}]}
-    assert service.post("/v1/labels", json=body).json() == {"accepted": 1, "duplicates": [], "unknown": [1]}
+    assert service.post("/v1/labels", json=body).json() == {"accepted": 1, "duplicates": [], "unknown": [1], "late": []}
     record = _record(service, later)
     assert record["decision"]["features"][name] == pytest.approx(0.25)
     assert record["decision"]["model"]["name"] == "fraud-own"
     assert record["event"]["card_id"] == "mule"
     assert service.get("/v1/fraud/decisions/mule1").json()["label"] == {"fraud": True, "reported_at": moment + 80_000.0}
     again = service.post("/v1/labels", json={"labels": [reported]}).json()
-    assert again == {"accepted": 0, "duplicates": [0], "unknown": []}
+    assert again == {"accepted": 0, "duplicates": [0], "unknown": [], "late": []}
+    stale = {"id": "mule2", "fraud": True, "reported_at": moment - 10 * 86_400}
+    assert service.post("/v1/labels", json={"labels": [stale]}).json()["late"] == [0]
     assert _record(service, later)["decision"]["features"][name] == pytest.approx(0.25)
     # An event that was never seen here can come along with its label.
     unseen = {"id": "elsewhere", "fraud": True, "reported_at": moment + 81_000, "event": sent("elsewhere", 50)}
@@ -327,6 +329,7 @@ def _record(service: httpx.Client, event: dict[str, Any]) -> dict[str, Any]:
         ({"id": "x"}, "labels.0.fraud"),
         ({"id": "x", "fraud": True, "event": {}}, "labels[0].event.datetime"),
         ({"id": " ", "fraud": True}, "labels[0].id"),
+        ({"id": "9" * 300, "fraud": True}, "labels[0].id"),
         ({"id": "mule0", "fraud": True, "reported_at": "soon"}, "labels[0].reported_at"),
     ],
 )
