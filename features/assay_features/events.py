@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -118,9 +120,15 @@ def canonical_key(value: Any) -> str | None:
             raise ValueError(f"{value} is not a usable id")
         text = str(int(value)) if float(value).is_integer() else repr(float(value))
     elif isinstance(value, str | int | np.integer):
-        text = str(value).strip()
+        return _canonical_text(str(value))
     else:
         raise ValueError(f"{type(value).__name__} is not a string or a number")
+    return _canonical_text(text)
+
+
+@lru_cache(maxsize=100_000)
+def _canonical_text(text: str) -> str | None:
+    text = text.strip()
     if len(text) > MAX_KEY_LENGTH:
         raise ValueError(f"has {len(text)} characters; at most {MAX_KEY_LENGTH} are allowed")
     if KEY_SEPARATOR in text:
@@ -202,6 +210,7 @@ def events_from_records(
     def place(i: int) -> str:
         return f"events[{i}]" if places is None else places[i]
 
+    # One column at a time is slow, and says where a value does not fit.
     def column(name: str, parse: Any) -> list[Any]:
         values = []
         for i, record in enumerate(records):
@@ -216,12 +225,32 @@ def events_from_records(
     ids = None
     if id_column is not None:
         ids = _objects([canonical_key(record.get(id_column)) for record in records])
+    matrix_FN = _plain_numbers(records, numbers)
+    if matrix_FN is None:
+        found = {name: np.asarray(column(name, number), dtype=np.float64) for name in numbers}
+    else:
+        found = dict(zip(numbers, matrix_FN, strict=True))
     return Events(
         time_us=np.asarray(column(timestamp, timestamp_us), dtype=np.int64),
         keys={name: _objects(column(name, canonical_key)) for name in keys},
-        numbers={name: np.asarray(column(name, number), dtype=np.float64) for name in numbers},
+        numbers=found,
         ids=ids,
     )
+
+
+_PLAIN_NUMBERS = frozenset({float, int, NoneType})
+
+
+def _plain_numbers(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> NDArray[np.float64] | None:
+    """(F, N) if all values are finite numbers or None, which is what they nearly always are."""
+    try:
+        rows = [[record[name] for name in names] for record in records]
+        if not all(_PLAIN_NUMBERS.issuperset(map(type, row)) for row in rows):
+            return None
+        matrix_NF = np.array(rows, dtype=np.float64).reshape(len(rows), len(names))
+    except (KeyError, OverflowError):
+        return None
+    return None if np.isinf(matrix_NF).any() else matrix_NF.T
 
 
 def _objects(values: Sequence[Any]) -> Keys:

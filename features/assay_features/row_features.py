@@ -1,7 +1,7 @@
 """Features of the event itself, and the columns that a model takes. Batch and service call the same functions."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,16 +45,28 @@ def _cross_part(columns: Mapping[str, Any], name: str, edges: tuple[float, ...])
     return values
 
 
-def ratio_column(ratio: Ratio, columns: Mapping[str, Any]) -> Floats:
-    """One number over another; missing where either is, or the denominator is 0."""
-    numerator = np.asarray(_named(columns, ratio.numerator), dtype=np.float64)
-    denominator = np.asarray(_named(columns, ratio.denominator), dtype=np.float64)
-    if ratio.less is not None:
-        denominator = denominator - np.asarray(_named(columns, ratio.less), dtype=np.float64)
+def ratio_columns(ratios: Sequence[Ratio], columns: Mapping[str, Any]) -> dict[str, Floats]:
+    """One number over another, (N,) a ratio; missing where either is, or the denominator is 0.
+
+    Raises:
+        DataError: a part is neither a column nor a feature.
+    """
+    if not ratios:
+        return {}
+
+    def named(names: Iterable[str]) -> Floats:
+        return np.array([_named(columns, name) for name in names], dtype=np.float64)
+
+    # All at once: a service has dozens of them, and one row.
+    value_RN = named(ratio.numerator for ratio in ratios)
+    below_RN = named(ratio.denominator for ratio in ratios)
+    lessened = [i for i, ratio in enumerate(ratios) if ratio.less is not None]
+    if lessened:
+        below_RN[lessened] -= named(str(ratios[i].less) for i in lessened)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        value: Floats = numerator / denominator
-    value[~np.isfinite(value)] = np.nan
-    return value
+        value_RN /= below_RN
+    value_RN[~np.isfinite(value_RN)] = np.nan
+    return {ratio.name: row for ratio, row in zip(ratios, value_RN, strict=True)}
 
 
 def _named(columns: Mapping[str, Any], name: str) -> Any:
@@ -91,8 +103,12 @@ def model_columns(
     columns: dict[str, Any] = {**events.numbers, **events.keys, **history}
     for calendar in plan.calendar:
         columns[calendar.name] = calendar_column(calendar, events.time_us)
-    for ratio in plan.ratios:
-        columns[ratio.name] = ratio_column(ratio, columns)
+    left = plan.ratios
+    while left:
+        made_later = {ratio.name for ratio in left}
+        ready = [r for r in left if made_later.isdisjoint((r.numerator, r.denominator, r.less))] or left
+        columns |= ratio_columns(ready, columns)
+        left = tuple(ratio for ratio in left if ratio.name not in columns)
     for embedding in plan.embeddings:
         if tables is None or embedding.table not in tables:
             raise DataError(f"feature {embedding.name!r}: its table {embedding.table} is not there")

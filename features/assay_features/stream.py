@@ -175,24 +175,27 @@ class EventStream:
         """
         moments = np.asarray(time_us, dtype=np.int64)
         asked: list[bytes] = []
-        spans = {}
+        places: dict[Entity, dict[str, int]] = {}  # each different key once, and where its record is among all
         for entity, values in keys.items():
-            own = self._entities[entity].record_keys([value or "" for value in values])
-            spans[entity] = slice(len(asked), len(asked) + len(own))
-            asked += own
+            distinct = [value for value in dict.fromkeys(values) if value is not None]
+            places[entity] = dict(zip(distinct, range(len(asked), len(asked) + len(distinct)), strict=True))
+            asked += self._entities[entity].record_keys(distinct)
         records = self._store.get_many(asked)
         out: dict[str, Floats] = {}
         sequences: dict[Entity, list[list[str]]] = {}
-        for entity, span in spans.items():
-            held = self._entities[entity]
-            states, recent = held.unpack(records[span])
-            features = held.layout.apply(states, moments)
-            for i, value in enumerate(keys[entity]):
-                if value is None:
-                    features[i] = np.nan
+        for entity, values in keys.items():
+            held, place = self._entities[entity], places[entity]
+            rows = [i for i, value in enumerate(values) if value is not None]
+            features = np.full((len(values), len(held.layout.names)), np.nan)
+            found: list[list[str]] = [[] for _ in values]
+            if rows:
+                states, recent = held.unpack([records[place[values[i]]] for i in rows])  # type: ignore[index]
+                features[rows] = held.layout.apply(states, moments[rows])
+                for i, one in zip(rows, recent, strict=False):
+                    found[i] = list(one.values)
             out.update(zip(held.layout.names, features.T, strict=True))
-            if recent:
-                sequences[entity] = [list(r.values) for r in recent]
+            if held.sequence is not None:
+                sequences[entity] = found
         return OnlineRows(out, sequences)
 
     def states(self, entity: Entity, keys: Sequence[str]) -> Floats:

@@ -28,7 +28,7 @@ from assay_platform.errors import WorkError
 from assay_pipelines.console import Reporter, complain, say
 from assay_pipelines.datasets.table import load_table
 from assay_pipelines.fraud.features import default_plan
-from assay_pipelines.fraud.pipeline import sources_of
+from assay_pipelines.fraud.prepare import sources_of
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.recommend.split import split_interactions
 from assay_pipelines.wiring import make_options, run_application, show_report

@@ -23,7 +23,7 @@ from assay_features.definitions import (
 )
 from assay_features.embeddings import EmbeddingTable
 from assay_features.events import Events
-from assay_features.row_features import calendar_column, cross_column, model_columns, ratio_column
+from assay_features.row_features import calendar_column, cross_column, model_columns, ratio_columns
 from assay_platform.errors import DataError, SchemaError
 
 PLAN = FeaturePlan(
@@ -151,11 +151,10 @@ def test_calendar_keeps_microseconds_in_far_years() -> None:
 
 def test_a_ratio_is_missing_where_it_has_no_value() -> None:
     columns = {"a": np.array([1.0, 1.0, np.nan, 4.0, 1e308]), "b": np.array([2.0, 0.0, 1.0, np.nan, 1e-10])}
-    np.testing.assert_array_equal(
-        ratio_column(Ratio(numerator="a", denominator="b"), columns), [0.5, np.nan, np.nan, np.nan, np.nan]
-    )
+    found = ratio_columns([Ratio(numerator="a", denominator="b")], columns)["a__over__b"]
+    np.testing.assert_array_equal(found, [0.5, np.nan, np.nan, np.nan, np.nan])
     with pytest.raises(DataError, match="'c' is neither a column"):
-        ratio_column(Ratio(numerator="a", denominator="c"), columns)
+        ratio_columns([Ratio(numerator="a", denominator="c")], columns)
 
 
 def test_numbers_in_a_cross_go_into_buckets() -> None:

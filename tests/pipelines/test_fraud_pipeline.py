@@ -11,7 +11,8 @@ from assay_features.schema import FraudSchema, read_schema
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.adversary import Adversary
 from assay_pipelines.fraud.evaluate import auc, entity_overlap
-from assay_pipelines.fraud.pipeline import Prepared, fit_models, refit
+from assay_pipelines.fraud.fit import fit_models, refit
+from assay_pipelines.fraud.prepare import Prepared
 from assay_pipelines.fraud.train import DEFAULTS, Copies
 from assay_pipelines.fraud.trees import fit_blend, train_trees, tree_rows, with_worst_forms
 from assay_pipelines.options import RunOptions

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightgbm as lgb
 import numpy as np
@@ -11,7 +12,7 @@ from assay_platform.errors import ArtifactError, ConfigError, InputError
 from assay_platform.models.calibration import PlattCalibration, fit_platt, sigmoid, threshold_at_fpr
 from assay_platform.models.decisions import Policy
 from assay_platform.models.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
-from assay_platform.models.encoding import fit_encoder, typical_row
+from assay_platform.models.encoding import TabularEncoder, fit_encoder, typical_row
 from assay_platform.models.explain import integrated_gradients
 from assay_platform.models.fraud import Blend, FraudModel, FraudModelParts, FraudNet, FraudNetConfig
 from assay_platform.models.trees import TreeEnsemble
@@ -109,17 +110,54 @@ def test_a_feature_at_its_reference_contributes_nothing() -> None:
     x = torch.randn(5, 3, 2)
     reference = torch.randn(3, 2)
     x[:, 1] = reference[1]
-    contribution, _ = integrated_gradients(lambda e: (e.flatten(1) ** 2).sum(1), x, reference)
+    contribution, _ = integrated_gradients(lambda e: e.flatten(1), lambda h: (h**2).sum(1), x, reference)
     assert contribution[:, 1].abs().max() < 1e-6
 
 
+def test_the_path_is_walked_behind_the_linear_map() -> None:
+    """f(x) = Σ (a·x)³: from 0, the integrated gradient of a feature is its own part of a·x, times (a·x)²."""
+    torch.manual_seed(0)
+    a, x = torch.randn(4, 3 * 2), torch.randn(5, 3, 2)
+    contribution, base = integrated_gradients(
+        lambda e: e.flatten(1) @ a.T, lambda h: (h**3).sum(1), x, torch.zeros(3, 2), num_segments=512
+    )
+    h = x.flatten(1) @ a.T
+    expected = torch.einsum("nd,dgp,ngp->ng", h**2, a.view(4, 3, 2), x)  # ∫ 3 (t h)² dt = h²
+    torch.testing.assert_close(contribution, expected.double(), rtol=1e-3, atol=1e-3)
+    assert float(base) == 0.0
+
+
+@pytest.mark.parametrize("options", [{"num_members": 4}, {"numeric_embedding": "periodic"}])
+def test_other_nets_learn_explain_and_come_back(options: dict[str, Any], tmp_path: Path) -> None:
+    edges = torch.linspace(-2, 2, 5).expand(2, 5)
+    config = FraudNetConfig(
+        embedding_dim=4, num_bins=4, backbone=BackboneConfig(width=16, hidden=8, num_experts=4), **options
+    )
+    torch.manual_seed(0)
+    net = FraudNet(edges, (3,), config)
+    encoder = TabularEncoder(numeric=("x", "y"), categorical=("word",), vocabularies=(("a", "b"),))
+    rows = encoder.apply({"x": [0.1, np.nan, 9.0], "y": [np.nan, 0.0, -1.0], "word": ["a", "c", None]})
+    logits, _ = net(rows)
+    logits.sum().backward()
+    first = [*net.numeric.parameters(), net.head.weight, *([net.scale] if net.scale is not None else [])]
+    assert all(p.grad is not None for p in first)
+    model = FraudModel(FraudModelParts(net=net, encoder=encoder, config=config, reference=rows.rows(slice(0, 1))))
+    _, explanation = model.explain(rows)
+    total = explanation.base + explanation.contribution_NG.sum(axis=1)
+    np.testing.assert_allclose(sigmoid(total), model.score(rows).probability, atol=1e-6)
+    model.save(tmp_path / "m", {})
+    np.testing.assert_array_equal(
+        FraudModel.load(tmp_path / "m").score(rows).probability, model.score(rows).probability
+    )
+
+
 def test_completeness_holds_across_a_jump() -> None:
-    def jumpy(e: torch.Tensor) -> torch.Tensor:
-        total = e.flatten(1).sum(1)
+    def jumpy(h: torch.Tensor) -> torch.Tensor:
+        total = h.sum(1)
         return total + 3.0 * (total > 1.0)
 
     x, reference = torch.full((1, 2, 1), 2.0), torch.zeros(2, 1)
-    contribution, base = integrated_gradients(jumpy, x, reference)
+    contribution, base = integrated_gradients(lambda e: e.flatten(1), jumpy, x, reference)
     assert float(contribution.sum() + base) == pytest.approx(7.0, abs=1e-6)
 
 

@@ -777,3 +777,34 @@ def test_experts_live_on_different_devices_and_capacity_is_bounded_on_a_gpu(tmp_
 def test_an_impossible_shape_is_refused_by_name(change: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         BackboneConfig(**change)  # type: ignore[arg-type]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 9), st.sampled_from(["softmax", "sigmoid-bias"]), st.integers(1, 4), st.integers(0, 1),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_the_compiled_layer_has_the_gradients_of_the_eager_one(
+    num_rows: int, router: str, top_k: int, num_shared: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = MoELayer(16, 8, 4, top_k, router=router, num_shared=num_shared).eval().requires_grad_(False)
+    layer.router.scores.weight_ED.mul_(20.0)  # choices that are clear
+    x, weight = torch.randn(num_rows, 16), torch.randn(num_rows, 16)
+    found = {}
+    for name, compiled in (("compiled", None), ("eager", False)):
+        layer._compiled = compiled
+        leaf = x.clone().requires_grad_(True)
+        y = layer(leaf).y_ND
+        found[name] = y.detach(), *torch.autograd.grad((y * weight).sum(), leaf)
+        assert bool(layer._compiled) == (name == "compiled")
+    for ours, expected in zip(found["compiled"], found["eager"], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_learn_get_their_gradients_outside_of_training_too() -> None:
+    layer = MoELayer(16, 8, 4, 2).eval()
+    with torch.no_grad():
+        layer(torch.randn(3, 16))  # prepares the compiled form
+    layer(torch.randn(3, 16)).y_ND.sum().backward()
+    assert any(p.grad is not None and bool(p.grad.abs().sum()) for p in layer.pool.parameters())

@@ -23,7 +23,7 @@ from assay_pipelines.fraud.evaluate import auc
 from assay_pipelines.fraud.train import Copies
 
 if TYPE_CHECKING:
-    from assay_pipelines.fraud.pipeline import Prepared
+    from assay_pipelines.fraud.prepare import Prepared
 
 Rows = NDArray[np.intp]
 _NUM_COPIES, _MAX_DONORS = 16, 20_000

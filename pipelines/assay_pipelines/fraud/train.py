@@ -39,6 +39,8 @@ DEFAULTS: dict[str, Any] = {
     "num_blocks": 2,
     "embedding_dim": 8,
     "num_bins": 16,
+    "numeric_embedding": "piecewise_linear",
+    "num_members": 1,
     "batch_size": 1024,
 }
 
@@ -53,6 +55,10 @@ class LabelledRows(NamedTuple):
         """A subset of rows."""
         return LabelledRows(self.rows.rows(index), self.labels[index])
 
+    def to(self, device: torch.device) -> "LabelledRows":
+        """The rows on another device."""
+        return LabelledRows(self.rows.to(device), self.labels.to(device))
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -66,13 +72,17 @@ class Copies(NamedTuple):
     rows: EncodedRows
     of: Tensor
 
+    def to(self, device: torch.device) -> "Copies":
+        """The forms on another device."""
+        return Copies(self.rows.to(device), self.of.to(device))
+
     def worst(self, net: FraudNet, frauds: Tensor) -> EncodedRows:
         """Of each fraud the form that the net takes for the most harmless."""
         values, codes = self.rows.values_NF[frauds], self.rows.codes_NC[frauds]
         with torch.no_grad():
             logits, _ = net(EncodedRows(values.flatten(0, 1), codes.flatten(0, 1)))
         chosen = logits.view(values.shape[:2]).argmin(dim=1)
-        at = torch.arange(len(frauds))
+        at = torch.arange(len(frauds), device=chosen.device)
         return EncodedRows(values[at, chosen], codes[at, chosen])
 
 
@@ -95,6 +105,8 @@ def net_config(params: Mapping[str, Any]) -> FraudNetConfig:
     return FraudNetConfig(
         embedding_dim=params["embedding_dim"],
         num_bins=params["num_bins"],
+        numeric_embedding=params["numeric_embedding"],
+        num_members=params["num_members"],
         backbone=BackboneConfig(
             width=params["width"],
             hidden=params["width"],
@@ -127,29 +139,35 @@ def train_net(
     num_epochs: int,
     seed: int,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
+    device: torch.device | None = None,
 ) -> TrainedNet:
-    """Train from scratch; the same seed gives the same weights on the same machine."""
+    """Train from scratch; the same seed gives the same weights on the same machine.
+
+    device: a GPU by default where there is one. The net that comes back is on the CPU.
+    """
     torch.manual_seed(seed)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
-    net = FraudNet(data.edges, data.encoder.cardinalities, net_config(params))
+    net = FraudNet(data.edges, data.encoder.cardinalities, net_config(params)).to(device)
+    train, copies = data.train.to(device), None if data.copies is None else data.copies.to(device)
     steps = num_batches(params, len(data.train))
-    weight = torch.tensor(float(params["positive_weight"]))
+    weight = torch.tensor(float(params["positive_weight"]), device=device)
 
     def batches(_: int) -> Iterable[Tensor]:
-        return torch.randperm(len(data.train), generator=generator).tensor_split(steps)
+        return torch.randperm(len(train), generator=generator).to(device).tensor_split(steps)
 
     def loss(part: Tensor) -> Tensor:
-        rows, labels = data.train.take(part)
-        if data.copies is not None:
-            of = data.copies.of[part]
-            forms = data.copies.worst(net, of[of >= 0])
+        rows, labels = train.take(part)
+        if copies is not None:
+            of = copies.of[part]
+            forms = copies.worst(net, of[of >= 0])
             rows = EncodedRows(*(torch.cat(pair) for pair in zip(rows, forms, strict=True)))
-            labels = torch.cat([labels, torch.ones(len(forms.values_NF))])
-        logits, balance = net(rows)
+            labels = torch.cat([labels, torch.ones(len(forms.values_NF), device=device)])
+        logits_NK, balance = net.members(net.hidden(net.embed(rows)))
         likelihood = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, labels, pos_weight=weight, reduction="sum"
+            logits_NK, labels.unsqueeze(-1).expand_as(logits_NK), pos_weight=weight, reduction="sum"
         )
-        total: Tensor = likelihood / len(part) + balance
+        total: Tensor = likelihood / (len(part) * logits_NK.shape[1]) + balance
         return total
 
     def evaluate(held: LabelledRows) -> float:
@@ -177,15 +195,16 @@ def train_net(
             config=config,
             on_epoch=epoch_done,
         )
-    return TrainedNet(net, result, monitor)
+    return TrainedNet(net.cpu(), result, monitor)
 
 
 def net_logits(net: FraudNet, rows: EncodedRows) -> NDArray[np.float64]:
-    """Logits in chunks."""
+    """Logits in chunks, where the net is."""
+    device = next(net.parameters()).device
     with torch.inference_mode():
         starts = range(0, len(rows.values_NF), _EVALUATION_CHUNK)
-        parts = [net(rows.rows(slice(start, start + _EVALUATION_CHUNK)))[0] for start in starts]
-    return torch.cat(parts).double().numpy()
+        parts = [net(rows.rows(slice(start, start + _EVALUATION_CHUNK)).to(device))[0] for start in starts]
+    return torch.cat(parts).double().cpu().numpy()
 
 
 def as_model(net: FraudNet, params: Mapping[str, Any], data: FraudData, **parts: Any) -> FraudModel:

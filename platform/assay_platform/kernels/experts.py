@@ -10,7 +10,7 @@ Nothing is dropped and nothing is padded by the caller. Three forms of one signa
 # T rows, K chosen, D model width, H hidden width, E experts, F = 2 H: gate columns, then up columns
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 _COMPILED_ROWS = 128  # from here on BLAS is faster (measured on two cores of a Zen 3: 1.4 ms both)
@@ -59,11 +59,19 @@ def expert_swiglu(
 
 def fits_compiled(x_TD: Tensor) -> bool:
     """Whether the compiled CPU form is the fastest for this batch, the weights being of the kind that it takes."""
+    return _is_small(x_TD) and not torch.is_grad_enabled()
+
+
+def fits_compiled_layer(x_TD: Tensor, layer: nn.Module) -> bool:
+    """The same for router and experts in one call, which has gradients for the rows, though not for weights."""
+    return _is_small(x_TD) and not (torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()))
+
+
+def _is_small(x_TD: Tensor) -> bool:
     return (
         len(x_TD) <= _COMPILED_ROWS
         and x_TD.dtype == torch.float32
         and x_TD.is_cpu
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 

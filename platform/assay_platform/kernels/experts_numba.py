@@ -20,8 +20,8 @@ _float, _int = np.float32, np.int32
 
 
 @njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
-def _silu(v):
-    """v · sigmoid(v). 2^t by a polynomial and the bits of the exponent, so that loops over it take several at once."""
+def _sigmoid(v):
+    """2^t by a polynomial and the bits of the exponent, so that loops over it take several at once."""
     t = min(max(v * _float(-1.4426950408889634), _float(-126.0)), _float(126.0))
     whole = np.floor(t + _float(0.5))
     part = t - whole
@@ -33,7 +33,7 @@ def _silu(v):
     power = power * part + _float(6.93147181e-1)
     power = power * part + _float(1.0)
     scale = _int((_int(whole) + _int(127)) << _int(23)).view(np.float32)
-    return v / (_float(1.0) + power * scale)
+    return _float(1.0) / (_float(1.0) + power * scale)
 
 
 @njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
@@ -61,6 +61,18 @@ def _product(a, w, out, num_rows):
             )
             for j in range(w.shape[1]):
                 last[j] += c0 * w0[j] + c1 * w1[j] + c2 * w2[j] + c3 * w3[j]
+
+
+@njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
+def _product_back(a, w, out, num_rows):
+    """out[:num_rows] = a[:num_rows] @ w.T."""
+    for r in range(num_rows):
+        left = a[r]
+        for i in range(w.shape[0]):
+            right, total = w[i], _float(0.0)
+            for j in range(w.shape[1]):
+                total += left[j] * right[j]
+            out[r, i] = total
 
 
 @njit(nogil=True, cache=True)
@@ -104,12 +116,48 @@ def _run(x_TD, w_in_EDF, w_out_EHD, expert_TK, gate_TK, num_always, y_TD):
             for r in range(num_rows):
                 out, left, right, weight = hidden[r], inner[r, :H], inner[r, H:], gate[first + r]
                 for j in range(H):
-                    out[j] = _silu(left[j]) * right[j] * weight
+                    out[j] = left[j] * _sigmoid(left[j]) * right[j] * weight
             _product(hidden, w_out_EHD[e], y, num_rows)
             for r in range(num_rows):
                 total, part = y_TD[row[first + r]], y[r]
                 for j in range(D):
                     total[j] += part[j]
+
+
+@njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
+def _run_back(x_TD, w_in_EDF, w_out_EHD, expert_TK, gate_TK, num_always, dy_TD, dx_TD, dgate_TK):
+    """Gradients with respect to x and the gates."""
+    D, H, E = x_TD.shape[1], w_out_EHD.shape[1], len(w_in_EDF)
+    row, gate, start = _sorted_pairs(expert_TK, gate_TK, E, num_always)
+    x, dy = np.empty((_BLOCK, D), np.float32), np.empty((_BLOCK, D), np.float32)
+    inner, dhidden = np.empty((_BLOCK, 2 * H), np.float32), np.empty((_BLOCK, H), np.float32)
+    dx_TD[:], dgate_TK[:] = 0.0, 0.0
+    for e in range(E):
+        for first in range(start[e], start[e + 1], _BLOCK):
+            num_rows = min(_BLOCK, start[e + 1] - first)
+            for r in range(num_rows):
+                x[r], dy[r] = x_TD[row[first + r]], dy_TD[row[first + r]]
+            _product(x, w_in_EDF[e], inner, num_rows)
+            _product_back(dy, w_out_EHD[e], dhidden, num_rows)
+            for r in range(num_rows):
+                up, left, right, weight = dhidden[r], inner[r, :H], inner[r, H:], gate[first + r]
+                dgate = _float(0.0)
+                for j in range(H):
+                    part = _sigmoid(left[j])
+                    silu = left[j] * part
+                    dgate += up[j] * silu * right[j]
+                    dsilu = up[j] * weight * right[j]
+                    right[j] = up[j] * weight * silu
+                    left[j] = dsilu * (part + silu * (_float(1.0) - part))
+                t = row[first + r]
+                for k in range(expert_TK.shape[1]):
+                    if expert_TK[t, k] == e:
+                        dgate_TK[t, k] = dgate
+            _product_back(inner, w_in_EDF[e], dy, num_rows)
+            for r in range(num_rows):
+                total, part_D = dx_TD[row[first + r]], dy[r]
+                for d in range(D):
+                    total[d] += part_D[d]
 
 
 @njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
@@ -137,6 +185,32 @@ def _route(x_TD, weight_ED, steer_E, sigmoid, expert_TK, gate_TK):
             total += score[best]
         for k in range(K):
             gate_TK[t, k] /= total
+
+
+@njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
+def _route_back(x_TD, weight_ED, sigmoid, expert_TK, gate_TK, dgate_TK, dx_TD):
+    """Adds what the gates' gradients are with respect to x. gate_k = s_k / Σ s, s = exp or sigmoid of a linear map."""
+    T, K = expert_TK.shape
+    D = x_TD.shape[1]
+    score = np.ones(K, np.float32)
+    for t in range(T):
+        x, dx, mean = x_TD[t], dx_TD[t], _float(0.0)
+        for k in range(K):
+            mean += gate_TK[t, k] * dgate_TK[t, k]
+        if sigmoid:
+            for k in range(K):
+                w, logit = weight_ED[expert_TK[t, k]], _float(0.0)
+                for d in range(D):
+                    logit += x[d] * w[d]
+                score[k] = _sigmoid(logit)
+        for k in range(K):
+            # ds / dlogit is s, or s (1 - s) of a sigmoid; the sum of scores cancels.
+            slope = gate_TK[t, k] * (dgate_TK[t, k] - mean)
+            if sigmoid:
+                slope *= _float(1.0) - score[k]
+            w = weight_ED[expert_TK[t, k]]
+            for d in range(D):
+                dx[d] += slope * w[d]
 
 
 @njit(nogil=True, cache=True)
@@ -168,15 +242,45 @@ class CompiledLayer:
         self._sigmoid, self._top_k, self._num_always = sigmoid, top_k, num_always
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y (T, D), the chosen experts (T, K) and their gates."""
-        x = x_TD.detach().contiguous().numpy()
+        """y (T, D), the chosen experts (T, K) and their gates. y is differentiable in x, and in nothing else."""
+        y, expert, gate = _LayerCall.apply(x_TD, self)  # type: ignore[no-untyped-call]
+        return y, expert, gate
+
+    def run(self, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        """The same on arrays."""
         T = len(x)
         expert, gate = np.empty((T, self._top_k), np.int64), np.empty((T, self._top_k), np.float32)
         y = np.empty(x.shape, np.float32)
         _run_layer(
             x, self._weight, self._steer, self._sigmoid, self._w_in, self._w_out, self._num_always, expert, gate, y
         )
-        return torch.from_numpy(y), torch.from_numpy(expert), torch.from_numpy(gate)
+        return y, expert, gate
+
+    def gradient(
+        self, x: NDArray[np.float32], expert: NDArray[np.int64], gate: NDArray[np.float32], dy: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """With respect to x; which experts are chosen is taken as given."""
+        dx, dgate = np.empty(x.shape, np.float32), np.empty(gate.shape, np.float32)
+        _run_back(x, self._w_in, self._w_out, expert, gate, self._num_always, dy, dx, dgate)
+        _route_back(x, self._weight, self._sigmoid, expert, gate, dgate, dx)
+        return dx
+
+
+class _LayerCall(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, layer: CompiledLayer) -> tuple[Tensor, Tensor, Tensor]:
+        (x,) = _arrays(x_TD)
+        y, expert, gate = layer.run(x)
+        ctx.call = layer, x, expert, gate
+        chosen = torch.from_numpy(expert), torch.from_numpy(gate)
+        ctx.mark_non_differentiable(*chosen)
+        return torch.from_numpy(y), *chosen
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        layer, x, expert, gate = ctx.call
+        (dy,) = _arrays(gradients[0])
+        return torch.from_numpy(layer.gradient(x, expert, gate, dy)), None
 
 
 def expert_swiglu(

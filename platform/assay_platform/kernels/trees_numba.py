@@ -14,97 +14,94 @@ import numpy as np
 from numba import njit, prange
 
 _DEPTH = 128
+_BLOCK = 32  # rows that go through a tree while it is at hand
+
+# A node in one place in memory. cut: a value at or below it goes left; of a leaf (column -1) what it is worth.
+NODE = np.dtype([("cut", "f8"), ("column", "i4"), ("left", "i4"), ("right", "i4"), ("nan_left", "i4")])
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _goes_left(value, threshold, nan_left):
-    return nan_left if np.isnan(value) else value <= threshold
+def _next(node, value):
+    left = node.nan_left != 0 if np.isnan(value) else value <= node.cut
+    return node.left if left else node.right
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _leaf_of(row, node, column, threshold, nan_left, left, right):
-    while column[node] >= 0:
-        goes_left = _goes_left(row[column[node]], threshold[node], nan_left[node])
-        node = left[node] if goes_left else right[node]
-    return node
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _score_row(row, roots, column, threshold, nan_left, left, right, value):
-    total = 0.0
-    for root in roots:
-        total += value[_leaf_of(row, root, column, threshold, nan_left, left, right)]
-    return total
+def _worth(row, at, nodes):
+    while nodes[at].column >= 0:
+        at = _next(nodes[at], row[nodes[at].column])
+    return nodes[at].cut
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def score_trees(rows, roots, column, threshold, nan_left, left, right, value, out):
-    """out (N,): the sum of the leaves of each row."""
-    for n in prange(len(rows)):
-        out[n] = _score_row(rows[n], roots, column, threshold, nan_left, left, right, value)
+def score_trees(rows, roots, nodes, out):
+    """out (N,), zeros before: the sum of the leaves of each row."""
+    for block in prange((len(rows) + _BLOCK - 1) // _BLOCK):
+        first = block * _BLOCK
+        for root in roots:
+            for n in range(first, min(first + _BLOCK, len(rows))):
+                out[n] += _worth(rows[n], root, nodes)
 
 
 @njit(nogil=True, cache=True)
-def score_one_by_one(rows, roots, column, threshold, nan_left, left, right, value, out):
+def score_one_by_one(rows, roots, nodes, out):
     """The same on the calling thread: a few rows are over before others have been woken."""
-    for n in range(len(rows)):
-        out[n] = _score_row(rows[n], roots, column, threshold, nan_left, left, right, value)
+    for root in roots:
+        for n in range(len(rows)):
+            out[n] += _worth(rows[n], root, nodes)
 
 
 @njit(nogil=True, cache=True)
-def _explain_row(row, reference, roots, column, threshold, nan_left, left, right, value, weight, taken, out):
-    """weight (D, D): weight[a, b] = (a - 1)! b! / (a + b)!. taken (F,): zeros, and zeros again afterwards."""
-    path_column = np.empty(_DEPTH, dtype=np.int32)
-    path_other = np.empty(_DEPTH, dtype=np.int32)
-    path_from_row = np.empty(_DEPTH, dtype=np.bool_)
-    for root in roots:
-        node, length, a, b = root, 0, 0, 0
-        while True:
-            while column[node] >= 0:
-                c = column[node]
-                of_row = left[node] if _goes_left(row[c], threshold[node], nan_left[node]) else right[node]
-                of_reference = left[node] if _goes_left(reference[c], threshold[node], nan_left[node]) else right[node]
-                if of_row == of_reference or taken[c] == 1:
-                    node = of_row
-                elif taken[c] == 2:
-                    node = of_reference
-                else:
-                    path_column[length], path_other[length], path_from_row[length] = c, of_reference, True
+def _explain_tree(row, reference, root, nodes, weight, path, taken, out):
+    """weight (D, D): weight[a, b] = (a - 1)! b! / (a + b)!. path (3, D): scratch. taken (F,): zeros, restored."""
+    columns, others, from_row = path[0], path[1], path[2]
+    at, length, a, b = root, 0, 0, 0
+    while True:
+        while nodes[at].column >= 0:
+            c = nodes[at].column
+            if taken[c] == 1:
+                at = _next(nodes[at], row[c])
+            elif taken[c] == 2:
+                at = _next(nodes[at], reference[c])
+            else:
+                of_row, of_reference = _next(nodes[at], row[c]), _next(nodes[at], reference[c])
+                at = of_row
+                if of_row != of_reference:
+                    columns[length], others[length], from_row[length] = c, of_reference, 1
                     taken[c] = 1
                     a += 1
                     length += 1
-                    node = of_row
-            gain = value[node] * weight[a, b]
-            loss = value[node] * weight[b, a]
-            for i in range(length):
-                if path_from_row[i]:
-                    out[path_column[i]] += gain
-                else:
-                    out[path_column[i]] -= loss
-            while length > 0 and not path_from_row[length - 1]:
-                length -= 1
-                b -= 1
-                taken[path_column[length]] = 0
-            if length == 0:
-                break
-            path_from_row[length - 1] = False
-            taken[path_column[length - 1]] = 2
-            a -= 1
-            b += 1
-            node = path_other[length - 1]
+        gain, loss = nodes[at].cut * weight[a, b], nodes[at].cut * weight[b, a]
+        for i in range(length):
+            out[columns[i]] += gain if from_row[i] else -loss
+        while length > 0 and not from_row[length - 1]:
+            length -= 1
+            b -= 1
+            taken[columns[length]] = 0
+        if length == 0:
+            break
+        from_row[length - 1] = 0
+        taken[columns[length - 1]] = 2
+        a -= 1
+        b += 1
+        at = others[length - 1]
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def explain_trees(rows, reference, roots, column, threshold, nan_left, left, right, value, weight, out):
+def explain_trees(rows, reference, roots, nodes, weight, out):
     """out (N, F), zeros before: Shapley values that add up to f(row) - f(reference)."""
-    for n in prange(len(rows)):
-        taken = np.zeros(rows.shape[1], dtype=np.int8)
-        _explain_row(rows[n], reference, roots, column, threshold, nan_left, left, right, value, weight, taken, out[n])
+    for block in prange((len(rows) + _BLOCK - 1) // _BLOCK):
+        first = block * _BLOCK
+        path, taken = np.empty((3, _DEPTH), dtype=np.int32), np.zeros(rows.shape[1], dtype=np.int8)
+        for root in roots:
+            for n in range(first, min(first + _BLOCK, len(rows))):
+                _explain_tree(rows[n], reference, root, nodes, weight, path, taken, out[n])
 
 
 @njit(nogil=True, cache=True)
-def explain_one_by_one(rows, reference, roots, column, threshold, nan_left, left, right, value, weight, out):
+def explain_one_by_one(rows, reference, roots, nodes, weight, out):
     """The same on the calling thread."""
-    taken = np.zeros(rows.shape[1], dtype=np.int8)
-    for n in range(len(rows)):
-        _explain_row(rows[n], reference, roots, column, threshold, nan_left, left, right, value, weight, taken, out[n])
+    path, taken = np.empty((3, _DEPTH), dtype=np.int32), np.zeros(rows.shape[1], dtype=np.int8)
+    for root in roots:
+        for n in range(len(rows)):
+            _explain_tree(rows[n], reference, root, nodes, weight, path, taken, out[n])

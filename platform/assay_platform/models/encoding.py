@@ -49,10 +49,11 @@ class TabularEncoder:
             if name not in columns:
                 raise InputError(f"column {name!r} is missing; the model needs {len(self.names)} columns")
         num_rows = len(columns[self.names[0]])
-        values_NF = np.empty((num_rows, len(self.numeric)), dtype=np.float32)
+        values_FN = np.empty((len(self.numeric), num_rows), dtype=np.float64)
         for i, name in enumerate(self.numeric):
-            # Beyond float32 a number is as good as its largest; an infinity would make 0 · inf in an empty bin.
-            values_NF[:, i] = np.clip(np.asarray(columns[name], dtype=np.float64), -_LARGEST, _LARGEST)
+            values_FN[i] = columns[name]
+        # Beyond float32 a number is as good as its largest; an infinity would make 0 · inf in an empty bin.
+        values_NF = np.ascontiguousarray(np.clip(values_FN, -_LARGEST, _LARGEST).T, dtype=np.float32)
         codes_NC = np.zeros((num_rows, len(self.categorical)), dtype=np.int64)
         for i, name in enumerate(self.categorical):
             code_of = self._code_of[i]
@@ -75,6 +76,10 @@ class EncodedRows(NamedTuple):
     def rows(self, index: Tensor | slice) -> "EncodedRows":
         """A subset of rows."""
         return EncodedRows(self.values_NF[index], self.codes_NC[index])
+
+    def to(self, device: torch.device | str) -> "EncodedRows":
+        """The batch on another device."""
+        return EncodedRows(self.values_NF.to(device), self.codes_NC.to(device))
 
     def numbers(self) -> NDArray[np.float32]:
         """(N, F + C) as trees take them: a category is its rank by frequency, NaN where missing or never seen."""

@@ -4,12 +4,12 @@
 decision policy and reference row, saved and loaded as an artifact.
 """
 
-# N rows, F numeric columns, C categorical columns, G = F + C features, P width of one embedding
+# N rows, F numeric columns, C categorical columns, G = F + C features, P width of one embedding, K members, D width
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from assay_platform.errors import ArtifactError, ConfigError
 from assay_platform.models.artifact import load_artifact, load_weights, save_artifact
 from assay_platform.models.calibration import PlattCalibration, sigmoid
 from assay_platform.models.decisions import Costs, Decided, Policy
-from assay_platform.models.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
+from assay_platform.models.embeddings import CategoricalEmbedding, PeriodicEmbedding, PiecewiseLinearEmbedding
 from assay_platform.models.encoding import Columns, EncodedRows, TabularEncoder
 from assay_platform.models.explain import integrated_gradients
 from assay_platform.models.trees import TreeEnsemble
@@ -36,10 +36,14 @@ class FraudNetConfig:
     max_embedded: a category with more codes than this has no vector: what a net learns of single cards is wrong a
     month later (IEEE-CIS: average precision 0.52 with vectors of cards, 0.58 without). Trees still see its rank, and
     features say what is known of it.
+    num_members: nets that share all weights but a scale of each input and the head; each has a loss of its own, their
+    logits are averaged (TabM-mini: Gorishniy et al., arXiv:2410.24210). The backbone does so many times the work.
     """
 
     embedding_dim: int = 8
     num_bins: int = 16
+    numeric_embedding: Literal["piecewise_linear", "periodic"] = "piecewise_linear"
+    num_members: int = 1
     max_embedded: int = 200
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
@@ -50,26 +54,39 @@ class FraudNet(nn.Module):
     def __init__(self, edges: Tensor, cardinalities: tuple[int, ...], config: FraudNetConfig) -> None:
         super().__init__()
         self.embedded = [c for c, size in enumerate(cardinalities) if size <= config.max_embedded]
-        self.numeric = PiecewiseLinearEmbedding(edges, config.embedding_dim)
+        embedding = PeriodicEmbedding if config.numeric_embedding == "periodic" else PiecewiseLinearEmbedding
+        self.numeric = embedding(edges, config.embedding_dim)
         sizes = tuple(cardinalities[c] for c in self.embedded)
         self.categorical = CategoricalEmbedding(sizes, config.embedding_dim)
         num_features = edges.shape[0] + len(sizes)
-        self.backbone = Backbone(num_features * config.embedding_dim, config.backbone)
-        self.head = nn.Linear(config.backbone.width, 1)
+        num_inputs = num_features * config.embedding_dim
+        self.backbone = Backbone(num_inputs, config.backbone)
+        self.head = nn.Linear(config.backbone.width, config.num_members)  # a row of weights a member
+        self.scale = None
+        if config.num_members > 1:
+            self.scale = nn.Parameter(torch.randint(0, 2, (config.num_members, num_inputs)) * 2.0 - 1.0)
 
     def embed(self, batch: EncodedRows) -> Tensor:
         """(N, features that have a vector, P)."""
         codes = batch.codes_NC if len(self.embedded) == batch.codes_NC.shape[1] else batch.codes_NC[:, self.embedded]
         return torch.cat([self.numeric(batch.values_NF), self.categorical(codes)], dim=1)
 
-    def from_embeddings(self, embedded_NGP: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N,) and the balance loss (scalar)."""
-        out = self.backbone(embedded_NGP.flatten(1))
-        return self.head(out.y_ND).squeeze(-1), out.balance_loss
+    def hidden(self, embedded_NGP: Tensor) -> Tensor:
+        """(N, K, D): the affine map that comes first, for each member."""
+        inputs_NI = embedded_NGP.flatten(1)
+        scaled_NKI = inputs_NI.unsqueeze(1) if self.scale is None else inputs_NI.unsqueeze(1) * self.scale
+        hidden_NKD: Tensor = self.backbone.project(scaled_NKI)
+        return hidden_NKD
+
+    def members(self, hidden_NKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) of each member and the balance loss (scalar)."""
+        out = self.backbone.blocks(hidden_NKD.flatten(0, 1))
+        return (out.y_ND.view_as(hidden_NKD) * self.head.weight).sum(-1) + self.head.bias, out.balance_loss
 
     def forward(self, batch: EncodedRows) -> tuple[Tensor, Tensor]:
         """Logits (N,) and the balance loss (scalar)."""
-        return self.from_embeddings(self.embed(batch))
+        logits_NK, balance = self.members(self.hidden(self.embed(batch)))
+        return logits_NK.mean(-1), balance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +210,7 @@ class FraudModel:
             with torch.no_grad():
                 embedded_NGP, reference_GP = self._net.embed(rows), self._net.embed(reference)[0]
             contribution, start = integrated_gradients(
-                lambda x: self._net.from_embeddings(x)[0], embedded_NGP, reference_GP
+                self._net.hidden, lambda h: self._net.members(h)[0].mean(-1), embedded_NGP, reference_GP
             )
             places = [*range(num_numeric), *(num_numeric + c for c in self._net.embedded)]
             total_NG[:, places] = blend.net * contribution.numpy()

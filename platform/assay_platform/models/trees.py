@@ -8,6 +8,7 @@ are numbers here, categories their rank by frequency), objectives with more than
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,9 @@ class TreeEnsemble:
         from assay_platform.kernels import trees_numba
 
         rows = np.ascontiguousarray(rows_NF)
-        out = np.empty(len(rows))
+        out = np.zeros(len(rows))
         loop: Any = trees_numba.score_one_by_one if len(rows) <= _FEW_ROWS else trees_numba.score_trees
-        loop(rows, *self._arrays, out)
+        loop(rows, self.roots, self._nodes, out)
         return out
 
     def explain(
@@ -74,12 +75,19 @@ class TreeEnsemble:
         reference = np.ascontiguousarray(reference_F, dtype=rows.dtype)
         out = np.zeros((len(rows), self.num_columns))
         loop: Any = trees_numba.explain_one_by_one if len(rows) <= _FEW_ROWS else trees_numba.explain_trees
-        loop(rows, reference, *self._arrays, _WEIGHT, out)
+        loop(rows, reference, self.roots, self._nodes, _WEIGHT, out)
         return out, float(self.logits(reference[None])[0])
 
-    @property
-    def _arrays(self) -> tuple[NDArray[Any], ...]:
-        return self.roots, self.column, self.threshold, self.nan_left, self.left, self.right, self.value
+    @cached_property
+    def _nodes(self) -> NDArray[Any]:
+        """As the loops take them."""
+        from assay_platform.kernels.trees_numba import NODE
+
+        nodes = np.empty(len(self.column), dtype=NODE)
+        nodes["cut"] = np.where(self.column >= 0, self.threshold, self.value)
+        for name in ("column", "left", "right", "nan_left"):
+            nodes[name] = getattr(self, name)
+        return nodes
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For an artifact."""

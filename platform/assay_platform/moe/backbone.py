@@ -80,7 +80,10 @@ class Backbone(nn.Module):
 
     def forward(self, x_NI: Tensor) -> BackboneOutput:
         """Run a batch."""
-        h_ND = self.project(x_NI)
+        return self.blocks(self.project(x_NI))
+
+    def blocks(self, h_ND: Tensor) -> BackboneOutput:
+        """All but the projection."""
         losses = []
         for norm, layer in zip(self.norms, self.layers, strict=True):
             out = layer(norm(h_ND))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from assay_platform.errors import ConfigError, InputError, WorkError
-from assay_platform.kernels.experts import fits_compiled
+from assay_platform.kernels.experts import fits_compiled_layer
 from assay_platform.moe.capacity import CapacityConfig, ElasticCapacity
 from assay_platform.moe.experts import Expert, ExpertPool, ExpertSpec, alike
 from assay_platform.moe.fences import Fences
@@ -80,7 +80,7 @@ class MoELayer(nn.Module):
         return self._run(x_ND) if self.fences is None or self.training else self._run_guarded(x_ND, self.fences)
 
     def _run(self, x_ND: Tensor, allowed_E: Tensor | None = None) -> LayerOutput:
-        if allowed_E is None and not self.training and self.capacity is None and fits_compiled(x_ND):
+        if allowed_E is None and not self.training and self.capacity is None and fits_compiled_layer(x_ND, self):
             compiled = self._compiled
             if compiled is None:
                 compiled = self._compiled = self._compile()

@@ -1,0 +1,123 @@
+"""From prepared rows to a model: net and trees, their blend, calibration, thresholds, an attack; then the refit."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from assay_platform.models.calibration import fit_platt
+from assay_platform.models.decisions import Policy
+from assay_platform.models.fraud import FraudModel
+from assay_platform.monitoring.routing import RoutingMonitor
+
+from assay_pipelines.console import Reporter
+from assay_pipelines.fraud.adversary import Robustness
+from assay_pipelines.fraud.evaluate import (
+    average_precision,
+    expected_calibration_error,
+    tolerated_calibration_error,
+)
+from assay_pipelines.fraud.prepare import Prepared, as_slice
+from assay_pipelines.fraud.train import as_model, net_logits, num_batches, train_net
+from assay_pipelines.fraud.trees import fit_blend, refit_size, train_trees, tree_rows, with_worst_forms
+
+# Three passes over a large table; after more, what was learned of last month no longer holds in the next.
+_FINAL_EPOCHS = 3
+# A small table needs more passes for the same number of steps.
+_MIN_STEPS, _MAX_EPOCHS = 600, 30
+
+
+class FittedModels(NamedTuple):
+    """A model that has not seen the validation rows, and how it did on them."""
+
+    model: FraudModel
+    validation_ap: float
+    validation_ece: float
+    tolerated_ece: float  # that much chance explains
+    robustness: Robustness | None
+    history: list[float]  # the net's validation metric of each epoch
+    best_epoch: int
+    routing: RoutingMonitor
+
+
+def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int) -> FittedModels:
+    """Net and trees on the training rows; blended, calibrated and thresholded on the validation rows.
+
+    Where the schema says what senders can change, both are trained on other forms of the frauds too, and the validation
+    frauds are attacked.
+    """
+    held = prepared.rows.take(as_slice(prepared.validation))
+    labels = prepared.labels[prepared.validation]
+    generator = np.random.default_rng(seed)
+    data, adversary = prepared.data, prepared.adversary()
+    if adversary is not None:
+        with reporter.stage("train", "Other forms of frauds"):
+            data = replace(data, copies=adversary.copies(prepared.train, generator))
+    with reporter.stage("train", "Train the MoE net") as stage:
+        num_epochs = num_final_epochs(params, len(data.train))
+        net, fitted, routing = train_net(
+            params, data, num_epochs=num_epochs, seed=seed,
+            on_epoch=lambda epoch, metric: stage.update(epoch / num_epochs, f"validation AP {metric:.3f}"),
+        )  # fmt: skip
+        stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
+    numbers = held.rows.numbers()
+    with reporter.stage("train", "Train the trees") as stage:
+        rows = tree_rows(data)
+        if data.copies is not None:
+            rows = with_worst_forms(rows, data.copies, seed=seed)
+        trees = train_trees(rows, seed=seed, held=(numbers, labels), on_progress=stage.update).trees
+        stage.update(1.0, f"{len(trees)} trees")
+    with reporter.stage("train", "Blend and calibrate") as stage:
+        blend = fit_blend(net_logits(net, held.rows), trees.logits(numbers), labels)
+        model = as_model(net, params, data, trees=trees, blend=blend)
+        logits = model.logits(held.rows)
+        calibration = fit_platt(logits, labels)
+        probability = calibration.probability(logits)
+        policy = Policy.fit(prepared.schema.decisions, probability, labels)
+        model = model.changed(calibration=calibration, policy=policy, amount=prepared.schema.amount)
+        reached = average_precision(labels, logits)
+        stage.update(1.0, f"validation AP {reached:.3f}, net {blend.net:.2f}, trees {blend.trees:.2f}")
+    robustness = None
+    if adversary is not None:
+        with reporter.stage("attack", "Attack the validation frauds") as stage:
+            robustness = adversary.attack(model, prepared.validation, generator)
+            stage.update(1.0, f"recall {robustness.recall:.3f}, attacked {robustness.robust_recall:.3f}")
+    return FittedModels(
+        model, reached, expected_calibration_error(probability, labels),
+        tolerated_calibration_error(probability, seed=0), robustness, fitted.history, fitted.best_epoch, routing,
+    )  # fmt: skip
+
+
+def refit(
+    fitted: FittedModels, params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int
+) -> FraudModel:
+    """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen.
+
+    The net takes as many passes as were best before; a part that the blend does not use is not trained again.
+    """
+    data, adversary = prepared.all_before_test(), prepared.adversary()
+    parts = fitted.model.parts
+    if adversary is not None:
+        both = np.concatenate([prepared.train, prepared.validation])
+        data = replace(data, copies=adversary.copies(both, np.random.default_rng(seed)))
+    net, trees = parts.net, parts.trees
+    if parts.blend.net:
+        with reporter.stage("refit", "Refit the net on train + validation") as stage:
+            num_epochs = fitted.best_epoch
+            net = train_net(
+                params, data, num_epochs=num_epochs, seed=seed,
+                on_epoch=lambda epoch, _: stage.update(epoch / num_epochs, f"epoch {epoch} of {num_epochs}"),
+            ).net  # fmt: skip
+    if parts.blend.trees:
+        with reporter.stage("refit", "Refit the trees on train + validation") as stage:
+            assert trees is not None
+            rows = tree_rows(data)
+            if data.copies is not None:
+                rows = with_worst_forms(rows, data.copies, seed=seed)
+            trees = train_trees(rows, seed=seed, num_trees=refit_size(trees), on_progress=stage.update).trees
+    return fitted.model.changed(net=net, trees=trees)
+
+
+def num_final_epochs(params: Mapping[str, Any], num_rows: int) -> int:
+    """A few passes over a large table, more over a small one."""
+    return min(_MAX_EPOCHS, max(_FINAL_EPOCHS, -(-_MIN_STEPS // num_batches(params, num_rows))))
