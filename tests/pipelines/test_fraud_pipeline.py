@@ -1,5 +1,6 @@
 """The fraud pipeline from inside: no leak, attacks that see what the service would, parts that earn their place."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from assay_pipelines.fraud.adversary import Adversary
 from assay_pipelines.fraud.evaluate import auc, entity_overlap
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared
+from assay_pipelines.fraud.report import check_reasons, fraud_report
 from assay_pipelines.fraud.train import DEFAULTS, Copies
-from assay_pipelines.fraud.trees import fit_blend, train_trees, tree_rows, with_worst_forms
+from assay_pipelines.fraud.trees import fit_blend, train_trees, tree_rows, with_worst_forms, worst_forms
 from assay_pipelines.options import RunOptions
 from assay_platform.config import Config
 from assay_platform.models.encoding import EncodedRows
+from assay_platform.models.trees import TreeEnsemble
 from assay_platform.robustness.attacks import EvolutionConfig
 
 SCHEMA = """
@@ -164,12 +167,25 @@ def test_attacks_only_lower_scores_and_defence_keeps_more(data: Prepared) -> Non
 
 
 def test_worst_forms_are_added_as_frauds(data: Prepared) -> None:
-    copies = Adversary(data).copies(data.train, np.random.default_rng(0))
+    adversary, generator = Adversary(data), np.random.default_rng(0)
+    copies = adversary.copies(data.train, generator)
     rows = tree_rows(data.data)
-    more = with_worst_forms(rows, copies, seed=0)
+    frauds = torch.from_numpy(rows.labels)
+    lowest: list[float] = []
+
+    def searched(trees: TreeEnsemble) -> EncodedRows:
+        found = adversary.worst_forms(trees, data.train, generator)
+        before = trees.logits(data.data.train.rows.rows(frauds).numbers())
+        after = trees.logits(found.numbers())
+        assert (after <= before + 1e-9).all()
+        lowest.append(float((before - after).mean()))
+        return found
+
+    more = with_worst_forms(rows, (lambda trees: worst_forms(copies, trees), searched), seed=0)
     num_frauds = int(rows.labels.sum())
     assert len(more.numbers) == len(rows.numbers) + 2 * num_frauds
     assert more.labels[len(rows.labels) :].all()
+    assert lowest[0] > 0.1
 
 
 def test_the_worst_form_is_the_one_that_the_net_finds_harmless() -> None:
@@ -226,3 +242,37 @@ def test_tables_without_some_role_have_a_model_too(
     assert np.isfinite(scores.probability).all()
     total = explanation.base + explanation.contribution_NG.sum(axis=1)
     np.testing.assert_allclose(1 / (1 + np.exp(-total)), scores.probability, atol=1e-9)
+
+
+def test_the_report_names_what_matters_and_finds_reasons_true(data: Prepared) -> None:
+    fitted = fit_models({**DEFAULTS, "width": 32}, data, Reporter(), seed=0)
+    report = fraud_report(fitted.model, data, seed=0)
+    assert report.features[0][1] >= report.features[-1][1] > 0
+    # Reported frauds of the card decide this table.
+    assert any("card_id" in name and "__over__" in name for name, *_ in report.features[:5])
+    rows_of = {(s.column, s.value): s.rows for s in report.segments}
+    assert rows_of["country", "NO"] + rows_of["country", "SE"] == len(data.test)
+    assert rows_of["card_id", "seen before the test period"] + rows_of.get(("card_id", "new or missing"), 0) == len(
+        data.test
+    )
+    assert sum(s.rows for s in report.weeks) == len(data.test)
+    assert report.reasons.fall > report.reasons.fall_of_others
+    assert report.reasons.deletion > 0.9
+    assert 0.5 < report.reasons.stability <= 1.0
+    text = report.to_markdown()
+    assert "| country NO |" in text
+    assert json.loads(json.dumps(report.to_dict()))["segments"]
+
+
+def test_reasons_that_are_made_up_fail_the_deletion_test(data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = fit_models({**DEFAULTS, "width": 32}, data, Reporter(), seed=0)
+    model, generator = fitted.model, np.random.default_rng(0)
+    rows = data.rows.rows.rows(slice(-200, None))
+    explain = model.explain
+
+    def shuffled(asked: EncodedRows) -> Any:
+        scores, explanation = explain(asked)
+        return scores, explanation._replace(contribution_NG=generator.permuted(explanation.contribution_NG, axis=1))
+
+    monkeypatch.setattr(model, "explain", shuffled)
+    assert check_reasons(model, rows, generator).deletion < 0.8

@@ -1,7 +1,7 @@
 """Fraudsters who adapt: forms of real frauds that could exist, with their features looked up anew.
 
-Used three ways: weak forms (a fraud in the clothes of honest payments) are trained on, the search for the worst form
-measures the model before it may be promoted, and benchmarks search harder still.
+Used three ways: forms in the clothes of honest payments, and what a short search finds, are trained on; a longer search
+measures the model before it may be promoted; benchmarks search harder still.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +14,7 @@ from assay_features.events import Events
 from assay_features.row_features import model_columns
 from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudModel
+from assay_platform.models.trees import TreeEnsemble
 from assay_platform.robustness.attacks import EvolutionConfig, evolve, swap_with_donors
 from assay_platform.robustness.constraints import Constraints, FeasibleSet, Transactions
 from assay_platform.robustness.counterfactual import Choices
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.intp]
 _NUM_COPIES, _MAX_DONORS = 16, 20_000
-# What a gate can afford; benchmarks search longer.
+# What training can afford for every fraud, and a gate for some; benchmarks search longer.
+_TRAINING_ATTACK = EvolutionConfig(num_generations=3, population=8)
 GATE_ATTACK = EvolutionConfig(num_generations=10, population=12)
 _MAX_ATTACKED = 300
 
@@ -87,6 +89,20 @@ class Adversary:
         return Copies(
             EncodedRows(torch.stack([p.values_NF for p in parts], 1), torch.stack([p.codes_NC for p in parts], 1)), of
         )
+
+    def worst_forms(self, trees: TreeEnsemble, rows: Rows, generator: np.random.Generator) -> EncodedRows:
+        """Of each fraud among `rows`, training rows, the form that a short search finds these trees to mind least."""
+        labels = self._prepared.labels[rows]
+        frauds = rows[labels]
+        found = evolve(
+            lambda which, forms: trees.logits(self.encode(frauds[which], forms).numbers()),
+            self.transactions(frauds),
+            self._donors(rows[~labels], generator),
+            self.feasible,
+            generator,
+            _TRAINING_ATTACK,
+        )
+        return self.encode(frauds, found.transactions)
 
     def attack(
         self,

@@ -11,15 +11,24 @@ from assay_platform.models.fraud import FraudModel
 from assay_platform.monitoring.routing import RoutingMonitor
 
 from assay_pipelines.console import Reporter
-from assay_pipelines.fraud.adversary import Robustness
+from assay_pipelines.fraud.adversary import Adversary, Robustness
 from assay_pipelines.fraud.evaluate import (
     average_precision,
     expected_calibration_error,
     tolerated_calibration_error,
 )
-from assay_pipelines.fraud.prepare import Prepared, as_slice
-from assay_pipelines.fraud.train import as_model, net_logits, num_batches, train_net
-from assay_pipelines.fraud.trees import fit_blend, refit_size, train_trees, tree_rows, with_worst_forms
+from assay_pipelines.fraud.prepare import Prepared, Rows, as_slice
+from assay_pipelines.fraud.train import FraudData, as_model, net_logits, num_batches, train_net
+from assay_pipelines.fraud.trees import (
+    Search,
+    TreeRows,
+    fit_blend,
+    refit_size,
+    train_trees,
+    tree_rows,
+    with_worst_forms,
+    worst_forms,
+)
 
 # Three passes over a large table; after more, what was learned of last month no longer holds in the next.
 _FINAL_EPOCHS = 3
@@ -48,11 +57,9 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
     """
     held = prepared.rows.take(as_slice(prepared.validation))
     labels = prepared.labels[prepared.validation]
-    generator = np.random.default_rng(seed)
-    data, adversary = prepared.data, prepared.adversary()
-    if adversary is not None:
-        with reporter.stage("train", "Other forms of frauds"):
-            data = replace(data, copies=adversary.copies(prepared.train, generator))
+    adversary = prepared.adversary()
+    with reporter.stage("train", "Other forms of frauds"):
+        data, rows = _with_other_forms(prepared.data, prepared.train, adversary, seed)
     with reporter.stage("train", "Train the MoE net") as stage:
         num_epochs = num_final_epochs(params, len(data.train))
         net, fitted, routing = train_net(
@@ -62,9 +69,6 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
         stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
     numbers = held.rows.numbers()
     with reporter.stage("train", "Train the trees") as stage:
-        rows = tree_rows(data)
-        if data.copies is not None:
-            rows = with_worst_forms(rows, data.copies, seed=seed)
         trees = train_trees(rows, seed=seed, held=(numbers, labels), on_progress=stage.update).trees
         stage.update(1.0, f"{len(trees)} trees")
     with reporter.stage("train", "Blend and calibrate") as stage:
@@ -80,7 +84,7 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
     robustness = None
     if adversary is not None:
         with reporter.stage("attack", "Attack the validation frauds") as stage:
-            robustness = adversary.attack(model, prepared.validation, generator)
+            robustness = adversary.attack(model, prepared.validation, np.random.default_rng(seed))
             stage.update(1.0, f"recall {robustness.recall:.3f}, attacked {robustness.robust_recall:.3f}")
     return FittedModels(
         model, reached, expected_calibration_error(probability, labels),
@@ -95,11 +99,10 @@ def refit(
 
     The net takes as many passes as were best before; a part that the blend does not use is not trained again.
     """
-    data, adversary = prepared.all_before_test(), prepared.adversary()
+    both = np.concatenate([prepared.train, prepared.validation])
+    with reporter.stage("refit", "Other forms of frauds"):
+        data, rows = _with_other_forms(prepared.all_before_test(), both, prepared.adversary(), seed)
     parts = fitted.model.parts
-    if adversary is not None:
-        both = np.concatenate([prepared.train, prepared.validation])
-        data = replace(data, copies=adversary.copies(both, np.random.default_rng(seed)))
     net, trees = parts.net, parts.trees
     if parts.blend.net:
         with reporter.stage("refit", "Refit the net on train + validation") as stage:
@@ -111,11 +114,26 @@ def refit(
     if parts.blend.trees:
         with reporter.stage("refit", "Refit the trees on train + validation") as stage:
             assert trees is not None
-            rows = tree_rows(data)
-            if data.copies is not None:
-                rows = with_worst_forms(rows, data.copies, seed=seed)
             trees = train_trees(rows, seed=seed, num_trees=refit_size(trees), on_progress=stage.update).trees
     return fitted.model.changed(net=net, trees=trees)
+
+
+def _with_other_forms(
+    data: FraudData, rows: Rows, adversary: Adversary | None, seed: int
+) -> tuple[FraudData, TreeRows]:
+    """What net and trees are trained on: with an adversary, forms that the frauds among `rows` could have had besides.
+
+    Three rounds for the trees: forms in the clothes of honest payments, then twice what a search finds.
+    """
+    if adversary is None:
+        return data, tree_rows(data)
+    generator = np.random.default_rng(seed)
+    copies = adversary.copies(rows, generator)
+    searches: tuple[Search, ...] = (
+        lambda trees: worst_forms(copies, trees),
+        *[lambda trees: adversary.worst_forms(trees, rows, generator)] * 2,
+    )
+    return replace(data, copies=copies), with_worst_forms(tree_rows(data), searches, seed=seed)
 
 
 def num_final_epochs(params: Mapping[str, Any], num_rows: int) -> int:

@@ -26,6 +26,7 @@ from assay_pipelines.fraud.evaluate import (
 from assay_pipelines.fraud.features import check_plan
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared, as_slice
+from assay_pipelines.fraud.report import fraud_report
 from assay_pipelines.fraud.train import (
     DEFAULTS,
     SPACE,
@@ -95,6 +96,12 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
                 metrics |= {"robust_auc": attacked.robust_auc, "robust_recall": attacked.robust_recall}
                 metrics |= {"attacked_recall_before": attacked.recall, "num_attacked": float(attacked.num_attacked)}
                 stage.update(1.0, f"recall {attacked.recall:.3f}, attacked {attacked.robust_recall:.3f}")
+        with reporter.stage("report", "Features, segments, weeks, tests of the reasons") as stage:
+            report = fraud_report(model, prepared, seed=options.seed)
+            run.log_json("report.json", report.to_dict())
+            run.log_text("report.md", report.to_markdown())
+            metrics |= {"reason_deletion": report.reasons.deletion, "reason_stability": report.reasons.stability}
+            stage.update(1.0, f"reasons true for {report.reasons.deletion:.1%}, stable {report.reasons.stability:.1%}")
         with reporter.stage("baseline", "Tune and train LightGBM") as stage:
             baseline = tuned_lightgbm(
                 tree_frame(prepared.columns, prepared.schema.numeric, prepared.schema.categorical, prepared.train),

@@ -5,7 +5,7 @@ is found on validation rows; a refit on more rows takes as many.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ from assay_pipelines.fraud.train import Copies, FraudData
 
 Floats = NDArray[np.floating]
 Flags = NDArray[np.bool_]
+# Trees → of each fraud the form that they take for the most harmless.
+Search = Callable[[TreeEnsemble], EncodedRows]
 
 PARAMETERS: dict[str, Any] = {
     "objective": "binary", "metric": "average_precision", "verbosity": -1, "learning_rate": 0.04, "num_leaves": 96,
@@ -28,7 +30,7 @@ PARAMETERS: dict[str, Any] = {
 }  # fmt: skip
 _MAX_TREES, _PATIENCE = 1200, 80
 _FEW_ROWS = 20_000
-_ROUNDS, _SCOUT_TREES, _SCOUT_RATE = 2, 150, 0.12
+_SCOUT_TREES, _SCOUT_RATE = 150, 0.12
 # More rows, a little more to learn from them.
 _REFIT_FACTOR = 1.1
 _WEIGHTS = np.linspace(0.0, 1.0, 21)
@@ -60,13 +62,13 @@ def tree_rows(data: FraudData) -> TreeRows:
     return TreeRows(data.train.rows.numbers(), data.train.labels.numpy() > 0.5)
 
 
-def with_worst_forms(rows: TreeRows, copies: Copies, *, seed: int) -> TreeRows:
-    """The rows, and of each fraud the forms that small trees take for the most harmless: first trees that saw no other
-    forms, then trees that saw those.
+def with_worst_forms(rows: TreeRows, searches: Sequence[Search], *, seed: int) -> TreeRows:
+    """The rows, and of each fraud the forms that every search finds most harmless to small trees: the first search to
+    trees that saw no other forms, each later one to trees that saw what was found before.
     """
-    for _ in range(_ROUNDS):
+    for search in searches:
         scout = train_trees(rows, seed=seed, num_trees=_SCOUT_TREES, learning_rate=_SCOUT_RATE).trees
-        rows = rows.with_forms(worst_forms(copies, scout))
+        rows = rows.with_forms(search(scout))
     return rows
 
 

@@ -72,6 +72,10 @@ class RunLog:
         """Attach a JSON document to the run."""
         self._client.log_dict(self.run_id, dict(value), name)
 
+    def log_text(self, name: str, text: str) -> None:
+        """Attach a text to the run."""
+        self._client.log_text(self.run_id, text, name)
+
     def log_trial(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], *, ok: bool) -> None:
         """Record one trial of a search as a child run."""
         tags = {"mlflow.parentRunId": self.run_id, "mlflow.runName": name}
