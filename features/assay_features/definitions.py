@@ -408,9 +408,16 @@ class FeaturePlan:
 
     @property
     def helper_names(self) -> tuple[str, ...]:
-        """What a share is made of, over and under the line of a ratio with `less`: no inputs by themselves."""
+        """What a share is made of, over and under the line of a ratio with `less`, and how many different values
+        are among what is over it: no inputs by themselves, but what reasons are told with.
+        """
         parts = [(r.numerator, r.denominator) for r in self.ratios if r.less is not None]
-        return tuple(dict.fromkeys(name for names in parts for name in names))
+        over = {name for name, _ in parts}
+        counted = {
+            (d.entity, d.column) for d in self.definitions if isinstance(d, Window) and d.name in over and d.column
+        }
+        spread = [d.name for d in self.definitions if _counts_distinct(d) and _among(d) in counted]
+        return tuple(dict.fromkeys((*(name for names in parts for name in names), *spread)))
 
     def split(self, column: str) -> tuple["FeaturePlan", "FeaturePlan"]:
         """(features of entities over this numeric column, all other definitions)."""
@@ -459,6 +466,12 @@ class FeaturePlan:
             SchemaError: an unknown kind or field.
         """
         return FeaturePlan(tuple(definition_from_dict(entry) for entry in document.get("definitions", ())))
+
+
+def _among(definition: Definition) -> tuple[Entity, str | None]:
+    """Whose events a filtered window counts, and by which column they are filtered."""
+    assert isinstance(definition, Window)
+    return definition.entity, None if definition.where is None else definition.where.column
 
 
 def _counts_distinct(definition: Definition) -> bool:

@@ -225,17 +225,14 @@ def events_from_records(
     ids = None
     if id_column is not None:
         ids = _objects([canonical_key(record.get(id_column)) for record in records])
+    time_us = np.asarray(column(timestamp, timestamp_us), dtype=np.int64)
+    found_keys = {name: _objects(column(name, canonical_key)) for name in keys}
     matrix_FN = _plain_numbers(records, numbers)
     if matrix_FN is None:
         found = {name: np.asarray(column(name, number), dtype=np.float64) for name in numbers}
     else:
         found = dict(zip(numbers, matrix_FN, strict=True))
-    return Events(
-        time_us=np.asarray(column(timestamp, timestamp_us), dtype=np.int64),
-        keys={name: _objects(column(name, canonical_key)) for name in keys},
-        numbers=found,
-        ids=ids,
-    )
+    return Events(time_us, found_keys, found, ids=ids)
 
 
 _PLAIN_NUMBERS = frozenset({float, int, NoneType})

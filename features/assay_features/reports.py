@@ -6,7 +6,7 @@ events that are old enough to have been reported.
 
 from collections.abc import Iterator
 
-from assay_features.definitions import DAY_S, Definition, Entity, FeaturePlan, Ratio, Window
+from assay_features.definitions import DAY_S, Definition, Entity, FeaturePlan, Ratio, Where, Window
 from assay_features.events import Reports
 from assay_features.schema import FraudSchema, Schema
 
@@ -40,3 +40,16 @@ def fraud_share(entity: Entity, reports: Reports, length_s: int) -> Iterator[Def
         recent = Window(entity=entity, aggregate="count", length_s=delay_s)
         yield recent
         yield Ratio(numerator=frauds.name, denominator=events.name, less=recent.name)
+
+
+_MAX_DIFFERENT = 16
+
+
+def ring(entity: Entity, reports: Reports, column: str, length_s: int) -> Window:
+    """How many different values of a key column the frauds reported of an entity have: a device with frauds on several
+    cards. It is told in reasons; as an input it lifts nothing that the share does not.
+    """
+    fraud = Where(column=reports.column, at_least=0.5)
+    return Window(
+        entity=entity, aggregate="distinct", column=column, where=fraud, length_s=length_s, max_distinct=_MAX_DIFFERENT
+    )

@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
                                   "`assay features plan`, `discover` and `embed` write such files")  # fmt: skip
         command.add_argument("--rules", type=Path, metavar="FILE.toml",
                              help="allow and block lists and limits that decide before the model (fraud)")  # fmt: skip
+        if name == "run":
+            command.add_argument("--update", action="store_true",
+                                 help="the champion learns on from what the table has since, at a tenth of the "
+                                      "cost, and has to do better than before (fraud)")  # fmt: skip
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip

@@ -118,9 +118,15 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
     options = make_options(
         config, call.application, call.data, schema_file=call.schema, name=call.name, reporter=reporter
     )
+    update = getattr(call, "update", False)
+    if update and call.application != "fraud":
+        raise InputError("--update is for fraud: a recommender's run is short, so it is trained anew")
+    if update and (call.plan or call.rules):
+        raise InputError("--update keeps the champion's features and rules; leave --plan and --rules out")
     return replace(
-        options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call), rules=_rules(call)
-    )
+        options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call), rules=_rules(call),
+        update=update,
+    )  # fmt: skip
 
 
 def _plan(call: argparse.Namespace) -> FeaturePlan | None:
@@ -143,8 +149,9 @@ def run_application(options: RunOptions, reporter: Reporter) -> RunReport:
     """The pipeline of an application."""
     if options.application == "fraud":
         from assay_pipelines.fraud.pipeline import run_fraud
+        from assay_pipelines.fraud.update import update_fraud
 
-        return run_fraud(options, reporter)
+        return update_fraud(options, reporter) if options.update else run_fraud(options, reporter)
     from assay_pipelines.recommend.pipeline import run_recommend
 
     return run_recommend(options, reporter)

@@ -1,7 +1,7 @@
 """Contributions as sentences."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,9 @@ _AGGREGATES = {
 }  # fmt: skip
 
 
+Known = Callable[[str], float | str | None]  # any column of the row, by name
+
+
 class ReasonWriter:
     """Turns a row of contributions into the few that matter and one for the rest.
 
@@ -52,6 +55,11 @@ class ReasonWriter:
         self._place_G = np.array([self._names.index(name) for name in shown], dtype=np.intp)
         self._definitions = {d.name: d for d in plan.definitions}
         self._value_of = {embedding.name: embedding.column for embedding in plan.embeddings}
+        self._rings = {
+            (d.entity, d.length_s): d
+            for d in plan.definitions
+            if isinstance(d, Window) and d.aggregate == "distinct" and d.name in plan.helper_names
+        }
 
     def write(
         self, contribution_G: NDArray[np.float64], columns: Mapping[str, Sequence[Any]], row: int
@@ -63,13 +71,14 @@ class ReasonWriter:
         for i in order[:NUM_REASONS]:
             name = self._names[i]
             value, share = _plain(columns[self._value_of.get(name, name)][row]), float(shares[i])
-            reasons.append(Reason(feature=name, value=value, contribution=share, text=self._text(name, value, share)))
+            text = self._text(name, value, share, lambda other: _plain(columns[other][row]))
+            reasons.append(Reason(feature=name, value=value, contribution=share, text=text))
         rest = float(shares[order[NUM_REASONS:]].sum())
         text = f"{len(order[NUM_REASONS:])} other features together {_effect(rest)}"
         reasons.append(Reason(feature=OTHERS, value=None, contribution=rest, text=text))
         return reasons
 
-    def _text(self, name: str, value: float | str | None, share: float) -> str:
+    def _text(self, name: str, value: float | str | None, share: float, known: Known) -> str:
         definition = self._definitions.get(name)
         shown = _shown(value)
         if isinstance(definition, Window):
@@ -92,7 +101,7 @@ class ReasonWriter:
         elif isinstance(definition, Embedding):
             body = f"{definition.column} is {shown}, by what was learned of it"
         elif isinstance(definition, Ratio):
-            body = self._ratio(definition, value, shown)
+            body = self._ratio(definition, value, shown, known)
         else:
             body = f"{name} is {shown}"
         where = getattr(definition, "where", None)
@@ -104,16 +113,24 @@ class ReasonWriter:
         usual = self._usual.get(name)
         if usual is None or usual == value:
             return ""
+        if isinstance(self._definitions.get(name), Ratio) and not isinstance(usual, str):
+            return f", usual is {100 * usual:.3g} %"
         return f", usual is {_shown(usual)}".replace(chr(31), " with ")
 
-    def _ratio(self, ratio: Ratio, value: float | str | None, shown: str) -> str:
+    def _ratio(self, ratio: Ratio, value: float | str | None, shown: str, known: Known) -> str:
         frauds = self._definitions.get(ratio.numerator)
         if ratio.less is None or not isinstance(frauds, Window):
             return f"{ratio.numerator} is {shown} times {ratio.denominator}"
-        of = f"the payments of this {_who(frauds.entity)} in {duration_name(frauds.length_s)}"
+        of = f"of this {_who(frauds.entity)} in {duration_name(frauds.length_s)}"
         if value is None:
-            return f"none of {of} is old enough to be judged"
-        return f"{100 * float(value):.3g} % of {of} were reported as fraud"
+            return f"no payment {of} is old enough to be judged"
+        reported, judged, late = (_number(known(n)) for n in (ratio.numerator, ratio.denominator, ratio.less))
+        body = f"{reported:,.0f} of {judged - late:,.0f} payments {of} were reported as fraud"
+        ring = self._rings.get((frauds.entity, frauds.length_s))
+        different = 0.0 if ring is None else _number(known(ring.name))
+        if ring is not None and different > 1:
+            body += f", with {different:,.0f} different values of {ring.column}"
+        return body
 
 
 def rule_reason(rule: Rule) -> Reason:
@@ -154,6 +171,10 @@ def _ago(seconds: float) -> str:
         if seconds >= unit_s:
             return f"{seconds / unit_s:.1f} {unit}"
     return f"{max(seconds, 0):.0f} seconds"
+
+
+def _number(value: float | str | None) -> float:
+    return float(value) if value is not None else 0.0
 
 
 def _plain(value: Any) -> float | str | None:

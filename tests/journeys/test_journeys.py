@@ -24,6 +24,9 @@ from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.tracking import open_registry
 from assay_pipelines.wiring import run_application
 from assay_platform.config import Config, Paths
+from assay_platform.errors import InputError
+from assay_platform.models.artifact import read_json
+from assay_platform.models.fraud import FraudModel
 
 pytestmark = [pytest.mark.ray, pytest.mark.services]
 
@@ -431,3 +434,28 @@ def test_the_same_run_as_a_ray_job(
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert json.loads(lines[-1])["model"] == {"name": "fraud-job", "version": 1, "alias": "champion"}
     assert open_registry(home).version_of("fraud-job") == 1
+
+
+def test_the_champion_learns_on_from_what_the_table_has_since(
+    home: Config, files: dict[str, tuple[Path, Path]], ray_session: str
+) -> None:
+    """Under a name of its own, so that the service's champion stays what it is."""
+    own = options(home, "fraud", files["fraud"], model_name="fraud-learning", num_held_back=900)
+    run_application(own, Reporter())
+    registry = open_registry(home)
+    before = read_json(registry.download("fraud-learning", 1), "features")
+    report = run_application(replace(own, num_held_back=0, update=True), Reporter()).to_dict()
+    assert report["model"]["version"] == 2
+    assert report["baselines"].keys() == {"champion"}
+    after = read_json(registry.download("fraud-learning", 2), "features")
+    assert after["learned_until_us"] > before["learned_until_us"]
+    assert after["plan"] == before["plan"]
+    models = [FraudModel.load(registry.download("fraud-learning", number)) for number in (1, 2)]
+    sizes = [0 if model.parts.trees is None else len(model.parts.trees) for model in models]
+    assert sizes[1] > sizes[0] or sizes == [0, 0]
+    assert models[0].feature_names == models[1].feature_names
+    registry.promote("fraud-learning", 2, reason="test")
+    with pytest.raises(InputError, match=r"has learned until .* needs both kinds"):
+        run_application(replace(own, num_held_back=0, update=True), Reporter())
+    with pytest.raises(InputError, match="no champion to learn on"):
+        run_application(replace(own, model_name="fraud-nobody", update=True), Reporter())

@@ -41,6 +41,21 @@ def test_the_first_trees_can_be_taken_alone():
     assert np.allclose(TreeEnsemble.from_lightgbm(booster, num_trees=7).logits(rows), expected, atol=1e-12)
 
 
+def test_trees_that_follow_others_add_their_scores_and_reasons():
+    booster, rows = _trained()
+    more, _ = _trained(seed=1)
+    first, second = TreeEnsemble.from_lightgbm(booster), TreeEnsemble.from_lightgbm(more)
+    both = first.followed_by(second)
+    assert len(both) == len(first) + len(second)
+    assert np.allclose(both.logits(rows), first.logits(rows) + second.logits(rows), atol=1e-12)
+    parts = [trees.explain(rows[:9], rows[10])[0] for trees in (both, first, second)]
+    assert np.allclose(parts[0], parts[1] + parts[2], atol=1e-12)
+    read = TreeEnsemble.from_tensors(both.to_tensors(), both.num_columns)
+    assert np.array_equal(read.logits(rows), both.logits(rows))
+    with pytest.raises(InputError, match="cannot follow"):
+        first.followed_by(TreeEnsemble.from_lightgbm(_trained(num_columns=4)[0]))
+
+
 def _by_definition(trees, row, reference):
     """Shapley values over all subsets of columns."""
     columns = range(len(row))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from assay_features.definitions import DAY_S, Aggregate, Embedding, FeaturePlan, Ratio, Where, Window
 from assay_features.events import Reports
-from assay_features.reports import fraud_share
+from assay_features.reports import fraud_share, ring
 from assay_features.rules import Rule
 from assay_services.reasons import OTHERS, ReasonWriter, rule_reason
 
@@ -41,17 +41,36 @@ def test_a_value_is_compared_with_the_usual_one_and_a_share_of_fraud_reads_as_on
     plan = FeaturePlan(tuple(fraud_share("card", reports, 30 * DAY_S)))
     share, count = plan.row_numeric_names[0], "card__events__count__7d"
     writer = ReasonWriter(plan, (share, count, "amount", "shop"), usual={share: 0.0, count: 1.0, "shop": "grocer"})
+    frauds, judged, late = "card__fraud__sum__30d", "card__events__count__37d", count
     columns = {share: [0.25, np.nan], count: [7.0, 1.0], "amount": [12.5, 1.0], "shop": ["casino", "grocer"]}
+    columns |= {frauds: [3.0, 0.0], judged: [19.0, 1.0], late: [7.0, 1.0]}
     texts = {r.feature: r.text for r in writer.write(np.array([4.0, 3.0, 2.0, 1.0]), columns, 0)}
     assert texts[share] == (
-        "25 % of the payments of this card in 30d were reported as fraud, usual is 0; this raises the risk"
+        "3 of 12 payments of this card in 30d were reported as fraud, usual is 0 %; this raises the risk"
     )
     assert texts[count] == "7 events for this card in the last 7d, usual is 1; this raises the risk"
     assert texts["shop"] == "shop is casino, usual is grocer; this raises the risk"
     assert texts["amount"] == "amount is 12.5; this raises the risk"
     later = {r.feature: r.text for r in writer.write(np.array([4.0, 3.0, 2.0, 1.0]), columns, 1)}
-    assert later[share].startswith("none of the payments of this card in 30d is old enough to be judged")
+    assert later[share].startswith("no payment of this card in 30d is old enough to be judged")
     assert later[count] == "1 events for this card in the last 7d; this raises the risk"
+
+
+def test_a_ring_is_told_where_frauds_have_several_cards() -> None:
+    reports = Reports("fraud", 7 * DAY_S)
+    plan = FeaturePlan((*fraud_share("device", reports, 30 * DAY_S), ring("device", reports, "card", 30 * DAY_S)))
+    share, different = plan.row_numeric_names[0], plan.helper_names[-1]
+    assert different not in {share, *plan.row_numeric_names}
+    names = dict(zip(("frauds", "judged", "late"), plan.numeric_names[:3], strict=True))
+    columns = {share: [0.75, 0.25], different: [4.0, 1.0]}
+    columns |= {names["frauds"]: [6.0, 2.0], names["judged"]: [9.0, 9.0], names["late"]: [1.0, 1.0]}
+    writer = ReasonWriter(plan, (share,))
+    texts = [writer.write(np.array([1.0]), columns, row)[0].text for row in (0, 1)]
+    assert texts[0] == (
+        "6 of 8 payments of this device in 30d were reported as fraud, with 4 different values of card; "
+        "this raises the risk"
+    )
+    assert "different" not in texts[1]
 
 
 def test_a_rule_says_what_it_saw() -> None:

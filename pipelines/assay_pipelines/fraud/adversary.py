@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Rows = NDArray[np.intp]
 _NUM_COPIES, _MAX_DONORS = 16, 20_000
 # What training can afford for every fraud, and a gate for some; benchmarks search longer.
-_TRAINING_ATTACK = EvolutionConfig(num_generations=3, population=8)
+_TRAINING_ATTACK = EvolutionConfig(num_generations=4, population=8)
 GATE_ATTACK = EvolutionConfig(num_generations=10, population=12)
 _MAX_ATTACKED = 300
 

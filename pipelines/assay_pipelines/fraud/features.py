@@ -19,7 +19,7 @@ from assay_features.definitions import (
     entity_columns,
 )
 from assay_features.events import Reports
-from assay_features.reports import fraud_share, reports_of
+from assay_features.reports import fraud_share, reports_of, ring
 from assay_features.schema import FraudSchema
 from assay_platform.errors import InputError
 
@@ -61,6 +61,8 @@ def _reported(schema: FraudSchema, reports: Reports) -> Iterator[Definition]:
     for entity in who:
         for length_s in (30 * DAY_S, 180 * DAY_S):
             yield from fraud_share(entity, reports, length_s)
+        if schema.entities and schema.entities[0] not in entity_columns(entity):
+            yield ring(entity, reports, schema.entities[0], 30 * DAY_S)
         if schema.amount in entity_columns(entity):
             for length_s in (DAY_S, 7 * DAY_S):
                 yield Window(entity=entity, aggregate="count", length_s=length_s)

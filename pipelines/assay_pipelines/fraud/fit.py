@@ -21,7 +21,9 @@ from assay_pipelines.fraud.prepare import Prepared, Rows, as_slice
 from assay_pipelines.fraud.train import FraudData, as_model, net_logits, num_batches, train_net
 from assay_pipelines.fraud.trees import (
     Search,
+    Shape,
     TreeRows,
+    choose_shape,
     fit_blend,
     refit_size,
     train_trees,
@@ -47,6 +49,7 @@ class FittedModels(NamedTuple):
     history: list[float]  # the net's validation metric of each epoch
     best_epoch: int
     routing: RoutingMonitor
+    shape: Shape
 
 
 def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int) -> FittedModels:
@@ -58,8 +61,12 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
     held = prepared.rows.take(as_slice(prepared.validation))
     labels = prepared.labels[prepared.validation]
     adversary = prepared.adversary()
+    numbers = held.rows.numbers()
+    with reporter.stage("train", "Shape of the trees") as stage:
+        shape = choose_shape(tree_rows(prepared.data), (numbers, labels), seed=seed)
+        stage.update(1.0, f"{shape['num_leaves']} leaves")
     with reporter.stage("train", "Other forms of frauds"):
-        data, rows = _with_other_forms(prepared.data, prepared.train, adversary, seed)
+        data, rows = _with_other_forms(prepared.data, prepared.train, adversary, shape, seed)
     with reporter.stage("train", "Train the MoE net") as stage:
         num_epochs = num_final_epochs(params, len(data.train))
         net, fitted, routing = train_net(
@@ -67,9 +74,8 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
             on_epoch=lambda epoch, metric: stage.update(epoch / num_epochs, f"validation AP {metric:.3f}"),
         )  # fmt: skip
         stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
-    numbers = held.rows.numbers()
     with reporter.stage("train", "Train the trees") as stage:
-        trees = train_trees(rows, seed=seed, held=(numbers, labels), on_progress=stage.update).trees
+        trees = train_trees(rows, seed=seed, held=(numbers, labels), shape=shape, on_progress=stage.update).trees
         stage.update(1.0, f"{len(trees)} trees")
     with reporter.stage("train", "Blend and calibrate") as stage:
         blend = fit_blend(net_logits(net, held.rows), trees.logits(numbers), labels)
@@ -88,7 +94,7 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
             stage.update(1.0, f"recall {robustness.recall:.3f}, attacked {robustness.robust_recall:.3f}")
     return FittedModels(
         model, reached, expected_calibration_error(probability, labels),
-        tolerated_calibration_error(probability, seed=0), robustness, fitted.history, fitted.best_epoch, routing,
+        tolerated_calibration_error(probability, seed=0), robustness, fitted.history, fitted.best_epoch, routing, shape,
     )  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def refit(
     """
     both = np.concatenate([prepared.train, prepared.validation])
     with reporter.stage("refit", "Other forms of frauds"):
-        data, rows = _with_other_forms(prepared.all_before_test(), both, prepared.adversary(), seed)
+        data, rows = _with_other_forms(prepared.all_before_test(), both, prepared.adversary(), fitted.shape, seed)
     parts = fitted.model.parts
     net, trees = parts.net, parts.trees
     if parts.blend.net:
@@ -114,12 +120,14 @@ def refit(
     if parts.blend.trees:
         with reporter.stage("refit", "Refit the trees on train + validation") as stage:
             assert trees is not None
-            trees = train_trees(rows, seed=seed, num_trees=refit_size(trees), on_progress=stage.update).trees
+            trees = train_trees(
+                rows, seed=seed, num_trees=refit_size(trees), shape=fitted.shape, on_progress=stage.update
+            ).trees
     return fitted.model.changed(net=net, trees=trees)
 
 
 def _with_other_forms(
-    data: FraudData, rows: Rows, adversary: Adversary | None, seed: int
+    data: FraudData, rows: Rows, adversary: Adversary | None, shape: Shape, seed: int
 ) -> tuple[FraudData, TreeRows]:
     """What net and trees are trained on: with an adversary, forms that the frauds among `rows` could have had besides.
 
@@ -133,7 +141,7 @@ def _with_other_forms(
         lambda trees: worst_forms(copies, trees),
         *[lambda trees: adversary.worst_forms(trees, rows, generator)] * 2,
     )
-    return replace(data, copies=copies), with_worst_forms(tree_rows(data), searches, seed=seed)
+    return replace(data, copies=copies), with_worst_forms(tree_rows(data), searches, seed=seed, shape=shape)
 
 
 def num_final_epochs(params: Mapping[str, Any], num_rows: int) -> int:

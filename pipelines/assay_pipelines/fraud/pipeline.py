@@ -134,22 +134,15 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             recall=None if fitted.robustness is None else fitted.robustness.recall,
             robust_recall=0.0 if fitted.robustness is None else fitted.robustness.robust_recall,
         )
-        companions = {
-            "features": {
-                "schema": schema_to_dict(prepared.schema),
-                "plan": prepared.plan.to_dict(),
-                "repository": options.model_name,
-            },
-            "rules": rules_to_dict(options.rules),
-            "choices": possible_choices(prepared).to_dict(),
-        }
+        learned = prepared.validation if options.refit_on_all else prepared.train
+        companions = companions_of(prepared, options, learned_until_us=int(prepared.events.time_us[learned[-1]]))
         number, alias = register_version(
             options,
             reporter,
             run,
             registry,
             save=lambda folder: model.save(folder, companions),
-            signature=_signature(prepared),
+            signature=signature_of(prepared),
             gate=gate,
             metrics={**metrics, "validation_ece": fitted.validation_ece, "num_parameters": model.num_parameters},
             baselines=baselines,
@@ -183,7 +176,23 @@ def _validation_ap(folder: Path, repository: Path, prepared: Prepared) -> float:
     return average_precision(prepared.labels[prepared.validation], model.logits(model.encode(held)))
 
 
-def _signature(prepared: Prepared) -> Any:
+def companions_of(prepared: Prepared, options: RunOptions, *, learned_until_us: int) -> dict[str, dict[str, Any]]:
+    """What travels with a model. learned_until_us: time of the newest event that it was trained on."""
+    features = {
+        "schema": schema_to_dict(prepared.schema),
+        "plan": prepared.plan.to_dict(),
+        "repository": options.model_name,
+        "learned_until_us": learned_until_us,
+    }
+    return {
+        "features": features,
+        "rules": rules_to_dict(options.rules),
+        "choices": possible_choices(prepared).to_dict(),
+    }
+
+
+def signature_of(prepared: Prepared) -> Any:
+    """The model's columns, for the registry."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 

@@ -1,5 +1,6 @@
 """What a fraud run knows before any model is trained: table, split, features, encoded rows."""
 
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from assay_features.row_features import model_columns
 from assay_features.rules import check_rules
 from assay_features.schema import FraudSchema, Split, schema_to_dict
 from assay_platform.errors import DataError, InputError
-from assay_platform.models.encoding import fit_encoder
+from assay_platform.models.encoding import TabularEncoder, fit_encoder
 from numpy.typing import NDArray
 
 from assay_pipelines.console import Reporter
@@ -35,9 +36,12 @@ Rows = NDArray[np.intp]
 class Prepared:
     """Everything known before any model is trained."""
 
-    def __init__(self, options: RunOptions, reporter: Reporter, *, publish: bool = True) -> None:
+    def __init__(
+        self, options: RunOptions, reporter: Reporter, *, publish: bool = True, encoder: TabularEncoder | None = None
+    ) -> None:
         """publish: features go to the model's Feast repository and are retrieved from there; without it they come
-        straight from the engine, which gives the same numbers and leaves nothing behind.
+        straight from the engine, which gives the same numbers and leaves nothing behind. encoder: of a model that
+        there is already, instead of one fitted on the training rows.
         """
         assert isinstance(options.schema, FraudSchema)
         self.schema = options.schema
@@ -61,9 +65,14 @@ class Prepared:
         self._check_tables()
         self.columns = self._columns(options, reporter, publish=publish)
         self.numeric, self.categorical = model_inputs(self.schema, self.plan)
+        assert events.labels is not None
+        self.labels: NDArray[np.bool_] = events.labels
         with reporter.stage("features", "Encode"):
-            assert events.labels is not None
-            self.labels: NDArray[np.bool_] = events.labels
+            self._encode(encoder)
+
+    def _encode(self, encoder: TabularEncoder | None) -> None:
+        edges = torch.empty(0)
+        if encoder is None:
             encoder, edges = fit_encoder(
                 {name: np.asarray(column)[self.train] for name, column in self.columns.items()},
                 numeric=self.numeric,
@@ -71,13 +80,22 @@ class Prepared:
                 num_bins=int(DEFAULTS["num_bins"]),
                 max_categories=_MAX_CATEGORIES,
             )
-            self.rows = LabelledRows(encoder.apply(self.columns), torch.from_numpy(self.labels.astype(np.float32)))
-            self.data = FraudData(
-                encoder=encoder,
-                edges=edges,
-                train=self.rows.take(torch.from_numpy(self.train)),
-                validation=self.rows.take(torch.from_numpy(self.validation)),
-            )
+        self.rows = LabelledRows(encoder.apply(self.columns), torch.from_numpy(self.labels.astype(np.float32)))
+        self.data = FraudData(
+            encoder=encoder,
+            edges=edges,
+            train=self.rows.take(torch.from_numpy(self.train)),
+            validation=self.rows.take(torch.from_numpy(self.validation)),
+        )
+
+    def split_at(self, train: int, validation: int, test: int) -> "Prepared":
+        """The same table split elsewhere: rows before `train`, then before `validation`, then before `test`."""
+        other = copy(self)
+        other.train, other.validation = np.arange(train), np.arange(train, validation)
+        other.test = np.arange(validation, test)
+        other._adversary = None
+        other._encode(None)
+        return other
 
     def _columns(self, options: RunOptions, reporter: Reporter, *, publish: bool) -> dict[str, Any]:
         with reporter.stage("features", "Compute features") as stage:

@@ -127,7 +127,7 @@ def fraud_report(model: FraudModel, prepared: Prepared, *, seed: int) -> FraudRe
     tested = generator.choice(declined, min(_TESTED, len(declined)), replace=False)
     threshold = model.policy.decline_from
     return FraudReport(
-        [(names[i], float(effect_G[i]), float(of_frauds_G[i])) for i in order],
+        [(names[i], float(effect_G[i]), float(of_frauds_G[i])) for i in order if effect_G[i] > 0],
         list(_segments(prepared, probability, labels, threshold)),
         list(_weeks(prepared, probability, labels, threshold)),
         check_reasons(model, rows.rows(torch.from_numpy(np.sort(tested))), generator),
@@ -188,13 +188,15 @@ def check_reasons(model: FraudModel, rows: EncodedRows, generator: np.random.Gen
     _, explanation = model.explain(rows)
     share_NG = explanation.contribution_NG
     num_rows, num_features = share_NG.shape
-    strongest = np.argsort(-share_NG, axis=1, kind="stable")[:, :_DELETED]
-    others = np.empty_like(strongest)
+    num = max(1, min(_DELETED, num_features // 2))
+    strongest = np.argsort(-share_NG, axis=1, kind="stable")[:, :num]
+    others = np.empty((num_rows, min(num, num_features - num)), dtype=np.intp)
     for n in range(num_rows):
+        rest = np.setdiff1d(np.arange(num_features), strongest[n])
         # Others that have an effect too: whatever has none cannot lower a score.
-        rest = np.setdiff1d(np.flatnonzero(share_NG[n]), strongest[n])
-        rest = rest if len(rest) >= _DELETED else np.setdiff1d(np.arange(num_features), strongest[n])
-        others[n] = generator.choice(rest, strongest.shape[1], replace=len(rest) < strongest.shape[1])
+        rest = rest[np.argsort(share_NG[n, rest] == 0, kind="stable")]
+        rest = rest[: max(others.shape[1], int((share_NG[n, rest] != 0).sum()))]
+        others[n] = generator.choice(rest, others.shape[1], replace=False)
     at = model.logits(rows)
     fall = at - model.logits(_without(model, rows, strongest))
     fall_of_others = at - model.logits(_without(model, rows, others))

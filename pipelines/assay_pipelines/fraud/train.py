@@ -1,6 +1,7 @@
 """Train one fraud net: weighted cross-entropy, balance loss, average precision on validation decides."""
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -140,15 +141,17 @@ def train_net(
     seed: int,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
     device: torch.device | None = None,
+    start: FraudNet | None = None,
 ) -> TrainedNet:
-    """Train from scratch; the same seed gives the same weights on the same machine.
+    """Train from scratch, or on from a net; the same seed gives the same weights on the same machine.
 
-    device: a GPU by default where there is one. The net that comes back is on the CPU.
+    start: is left as it is. device: a GPU by default where there is one. The net that comes back is on the CPU.
     """
     torch.manual_seed(seed)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
-    net = FraudNet(data.edges, data.encoder.cardinalities, net_config(params)).to(device)
+    net = FraudNet(data.edges, data.encoder.cardinalities, net_config(params)) if start is None else deepcopy(start)
+    net = net.requires_grad_(True).to(device)
     train, copies = data.train.to(device), None if data.copies is None else data.copies.to(device)
     steps = num_batches(params, len(data.train))
     weight = torch.tensor(float(params["positive_weight"]), device=device)

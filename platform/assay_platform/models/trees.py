@@ -51,6 +51,18 @@ class TreeEnsemble:
         trees = [_fields(part) for part in parts if part.startswith("Tree=")]
         return _joined([_one_tree(fields) for fields in trees], booster.num_feature())
 
+    def followed_by(self, more: "TreeEnsemble") -> "TreeEnsemble":
+        """These trees and others over the same columns; scores add up."""
+        if more.num_columns != self.num_columns:
+            raise InputError(f"trees over {more.num_columns} columns cannot follow trees over {self.num_columns}")
+        offset = len(self.column)
+        shifted = {side: np.where(more.column >= 0, getattr(more, side) + offset, -1) for side in ("left", "right")}
+        parts = {name: shifted.get(name, getattr(more, name)) for name in _ARRAYS} | {"roots": more.roots + offset}
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(self, name), parts[name]]).astype(_ARRAYS[name]) for name in _ARRAYS
+        }
+        return TreeEnsemble(self.num_columns, **joined)
+
     def logits(self, rows_NF: NDArray[np.floating]) -> NDArray[np.float64]:
         """(N,) sums of leaves; NaN is missing."""
         from assay_platform.kernels import trees_numba
