@@ -24,9 +24,10 @@ _PATIENCE, _MAX_ROUNDS = 60, 1500
 
 
 class Table(NamedTuple):
-    """What a peer may know. numbers are those of `frame` with few-valued categories as codes, -1 where missing."""
+    """What a peer may know. frame: categories of many values as ranks by frequency. words: all categories as such."""
 
     frame: pd.DataFrame
+    words: pd.DataFrame
     labels: NDArray[np.bool_]
 
 
@@ -44,7 +45,8 @@ Train = Callable[[Params, Table, Rows, Rows | None, int | None, int], Fit]
 
 def raw_table(columns: Mapping[str, Any], schema: Any, labels: NDArray[np.bool_], train: Rows) -> Table:
     """The table's own columns, categories ranked by their frequency in training rows."""
-    return Table(tree_frame(dict(columns), schema.numeric, schema.categorical, train), labels)
+    words = pd.DataFrame({name: columns[name] for name in schema.categorical}).fillna("")
+    return Table(tree_frame(dict(columns), schema.numeric, schema.categorical, train), words, labels)
 
 
 def _log(generator: np.random.Generator, low: float, high: float) -> float:
@@ -135,10 +137,8 @@ def train_catboost(params: Params, table: Table, train: Rows, held: Rows | None,
     """CatBoost with its own treatment of all categories, on a GPU where there is one."""
     import catboost
 
-    frame = table.frame.copy(deep=False)
-    words = [name for name in frame.columns if isinstance(frame[name].dtype, pd.CategoricalDtype)]
-    for name in words:
-        frame[name] = frame[name].cat.codes.astype(str)
+    words = list(table.words.columns)
+    frame = pd.concat([table.frame.drop(columns=words), table.words], axis=1)
 
     def pool(rows: Rows) -> Any:
         return catboost.Pool(frame.iloc[rows], table.labels[rows].astype(int), cat_features=words)

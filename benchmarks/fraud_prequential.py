@@ -23,7 +23,7 @@ from assay_pipelines.fraud.evaluate import fraud_metrics
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared
 from assay_pipelines.fraud.train import DEFAULTS, LabelledRows
-from assay_pipelines.fraud.update import update_model
+from assay_pipelines.fraud.update import calibrated, update_model
 from assay_pipelines.options import RunOptions
 from assay_platform.config import load_config
 from assay_platform.models.fraud import FraudModel
@@ -66,9 +66,13 @@ def weeks(prepared: Prepared, seed: int) -> tuple[dict[str, list[dict[str, float
             began = time.perf_counter()
             model = models["learning on"]
             rows = LabelledRows(model.encode(prepared.columns), torch.from_numpy(labels.astype(np.float32)))
-            models["learning on"] = update_model(
-                model, rows, new=np.arange(learned, known), old=np.arange(learned), settings=settings, seed=seed
-            )
+            # A quarter of what is new says where calibration and thresholds belong, then all is learned from.
+            new, old = np.arange(learned, known), np.arange(learned)
+            middle = learned + 3 * (known - learned) // 4
+            first = update_model(model, rows, new=new[: middle - learned], old=old, training=DEFAULTS, seed=seed)
+            first = calibrated(first, rows.take(slice(middle, known)), settings)
+            final = update_model(model, rows, new=new, old=old, training=DEFAULTS, seed=seed)
+            models["learning on"] = final.changed(calibration=first.calibration, policy=first.policy)
             seconds["learning on"] += time.perf_counter() - began
             learned = known
         for side, model in models.items():

@@ -112,7 +112,8 @@ def tune(name: str, prepared: Prepared, table: Table, trials: int) -> Tuned:
 def peer(name: str, prepared: Prepared, table: Table, call: argparse.Namespace) -> Part:
     """Tune, then fit again with every seed. What tuning found is kept too, so that a call cut short goes on there."""
     draw, train = PEERS[name]
-    kept = call.keep / f"{name}-{table.frame.shape[1]}.tuned.json" if call.keep else None
+    shape = f"{len(table.labels)}x{table.frame.shape[1]}-{call.trials}"
+    kept = call.keep / f"{name}-{shape}.tuned.json" if call.keep else None
     if kept is not None and kept.is_file():
         tuned = Tuned(**json.loads(kept.read_text()))
     else:
@@ -269,11 +270,20 @@ def table(parts: dict[str, Part]) -> list[dict[str, Any]]:
         "auc": intervals(parts, weighted_auc),
     }
     rivals = [name for name in parts if name in PEERS]
+    first = next(iter(parts.values()))
+    for name, part in parts.items():
+        if not np.array_equal(part.labels, first.labels):
+            raise SystemExit(f"{name} was measured on other rows; give --keep another folder")
     for name, found in metrics.items():
         for shown in SHOWN:
             values = [m[shown] for m in found]
             mean = float(np.mean(values))
-            best = max(rivals, key=lambda r: float(np.mean([m[shown] for m in metrics[r]]))) if rivals else None
+            sign = -1 if shown in ("ece", "brier") else 1
+
+            def mean_of(rival: str, shown: str = shown, sign: int = sign) -> float:
+                return sign * float(np.mean([m[shown] for m in metrics[rival]]))
+
+            best = max(rivals, key=mean_of) if rivals else None
             more: dict[str, Any] = {}
             if shown in drawn_by:
                 low, high = np.quantile(drawn_by[shown][name], [0.025, 0.975])
@@ -300,7 +310,7 @@ def run_peers(call: argparse.Namespace, wanted: list[str]) -> Iterator[tuple[str
             yield name, peer(name, prepared, raw, call)
     if "features" in wanted:
         frame = tree_frame(prepared.columns, prepared.numeric, prepared.categorical, prepared.train)
-        table = Table(frame, prepared.labels)
+        table = raw._replace(frame=frame)
         yield "lightgbm on our columns", peer("lightgbm", prepared, table, call)
 
 

@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
                              help="allow and block lists and limits that decide before the model (fraud)")  # fmt: skip
         if name == "run":
             command.add_argument("--update", action="store_true",
-                                 help="the champion learns on from what the table has since, at a tenth of the "
-                                      "cost, and has to do better than before (fraud)")  # fmt: skip
+                                 help="the champion learns on from what the table has since, at a fraction "
+                                      "of the cost, and has to do better than before (fraud)")  # fmt: skip
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip
@@ -133,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="run benchmarks/NAME.py of a checkout")
     bench.add_argument("name", metavar="NAME")
     bench.add_argument("--json", action="store_true", help="end with one JSON line")
+    bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...",
+                       help="options of the benchmark itself; its file says which")  # fmt: skip
     return parser
 
 

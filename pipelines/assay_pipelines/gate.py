@@ -20,6 +20,7 @@ def check_candidate(
     tolerated_error: float = 0.0,
     recall: float | None = None,
     robust_recall: float = 0.0,
+    also_failed: tuple[str, ...] = (),
 ) -> GateReport:
     """Build the report.
 
@@ -28,6 +29,7 @@ def check_candidate(
     validation rows at the model's threshold; robust_recall: of their worst feasible forms; three quarters have to stay.
     """
     failed = [f"no {name} baseline was measured" for name in expected_baselines if not baselines.get(name)]
+    failed += also_failed
     limit = max(MAX_ECE, tolerated_error)
     if calibration_error is not None and not calibration_error <= limit:
         failed.append(f"not calibrated: validation ECE {calibration_error:.4f} is above {limit:.4f}")

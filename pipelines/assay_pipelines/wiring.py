@@ -121,8 +121,8 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
     update = getattr(call, "update", False)
     if update and call.application != "fraud":
         raise InputError("--update is for fraud: a recommender's run is short, so it is trained anew")
-    if update and (call.plan or call.rules):
-        raise InputError("--update keeps the champion's features and rules; leave --plan and --rules out")
+    if update and (call.plan or call.rules or call.rows):
+        raise InputError("--update keeps the champion's features, rules and rows; leave --plan, --rules, --rows out")
     return replace(
         options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call), rules=_rules(call),
         update=update,
@@ -212,6 +212,7 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
     command += ["--name", call.name] if call.name else []
     command += ["--rows", str(call.rows)] if call.rows else []
     command += ["--json"] if call.json else []
+    command += ["--update"] if getattr(call, "update", False) else []
     with tempfile.TemporaryDirectory(prefix="assay-job-") as scratch:
         folder = Path(scratch)
         plan = _plan(call)
@@ -374,5 +375,5 @@ def _bench(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
     if call.name not in names:
         known = ", ".join(names) or f"none: benchmarks belong to a checkout, and {root} is not there"
         raise InputError(f"unknown benchmark {call.name!r}; known are {known}")
-    command = [sys.executable, str(root / f"{call.name}.py"), *(["--json"] if call.json else [])]
+    command = [sys.executable, str(root / f"{call.name}.py"), *(["--json"] if call.json else []), *call.options]
     return subprocess.run(command, check=False).returncode

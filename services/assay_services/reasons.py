@@ -113,7 +113,8 @@ class ReasonWriter:
         usual = self._usual.get(name)
         if usual is None or usual == value:
             return ""
-        if isinstance(self._definitions.get(name), Ratio) and not isinstance(usual, str):
+        definition = self._definitions.get(name)
+        if isinstance(definition, Ratio) and definition.less is not None and not isinstance(usual, str):
             return f", usual is {100 * usual:.3g} %"
         return f", usual is {_shown(usual)}".replace(chr(31), " with ")
 
@@ -122,10 +123,15 @@ class ReasonWriter:
         if ratio.less is None or not isinstance(frauds, Window):
             return f"{ratio.numerator} is {shown} times {ratio.denominator}"
         of = f"of this {_who(frauds.entity)} in {duration_name(frauds.length_s)}"
-        if value is None:
+        reported, events, late = (_number(known(n)) for n in (ratio.numerator, ratio.denominator, ratio.less))
+        judged = events - late
+        # Some are reported before others of their age are judged.
+        if reported > judged:
+            body = f"{reported:,.0f} payments {of} were reported as fraud"
+        elif value is None:
             return f"no payment {of} is old enough to be judged"
-        reported, judged, late = (_number(known(n)) for n in (ratio.numerator, ratio.denominator, ratio.less))
-        body = f"{reported:,.0f} of {judged - late:,.0f} payments {of} were reported as fraud"
+        else:
+            body = f"{reported:,.0f} of {judged:,.0f} payments {of} were reported as fraud"
         ring = self._rings.get((frauds.entity, frauds.length_s))
         different = 0.0 if ring is None else _number(known(ring.name))
         if ring is not None and different > 1:

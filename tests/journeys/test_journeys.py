@@ -455,7 +455,7 @@ def test_the_champion_learns_on_from_what_the_table_has_since(
     assert sizes[1] > sizes[0] or sizes == [0, 0]
     assert models[0].feature_names == models[1].feature_names
     registry.promote("fraud-learning", 2, reason="test")
-    with pytest.raises(InputError, match=r"has learned until .* needs both kinds"):
+    with pytest.raises(InputError, match=r"has learned until .* needs at least 10"):
         run_application(replace(own, num_held_back=0, update=True), Reporter())
     with pytest.raises(InputError, match="no champion to learn on"):
         run_application(replace(own, model_name="fraud-nobody", update=True), Reporter())

@@ -13,7 +13,7 @@ from assay_platform.models.calibration import PlattCalibration, fit_platt, sigmo
 from assay_platform.models.decisions import Policy
 from assay_platform.models.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
 from assay_platform.models.encoding import TabularEncoder, fit_encoder, typical_row
-from assay_platform.models.explain import integrated_gradients
+from assay_platform.models.explain import Origin, integrated_gradients
 from assay_platform.models.fraud import Blend, FraudModel, FraudModelParts, FraudNet, FraudNetConfig
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.moe import BackboneConfig, MoELayer
@@ -106,11 +106,15 @@ def test_contributions_add_up_to_the_calibrated_score(model: FraudModel) -> None
     np.testing.assert_allclose(scores.probability, model.score(rows).probability, atol=1e-5)
 
 
+def explained(linear: Any, rest: Any, x: torch.Tensor, reference: torch.Tensor, **options: Any) -> Any:
+    return integrated_gradients(linear, rest, x, Origin.of(linear, rest, reference), **options)
+
+
 def test_a_feature_at_its_reference_contributes_nothing() -> None:
     x = torch.randn(5, 3, 2)
     reference = torch.randn(3, 2)
     x[:, 1] = reference[1]
-    contribution, _ = integrated_gradients(lambda e: e.flatten(1), lambda h: (h**2).sum(1), x, reference)
+    contribution, _ = explained(lambda e: e.flatten(1), lambda h: (h**2).sum(1), x, reference)
     assert contribution[:, 1].abs().max() < 1e-6
 
 
@@ -118,7 +122,7 @@ def test_the_path_is_walked_behind_the_linear_map() -> None:
     """f(x) = Σ (a·x)³: from 0, the integrated gradient of a feature is its own part of a·x, times (a·x)²."""
     torch.manual_seed(0)
     a, x = torch.randn(4, 3 * 2), torch.randn(5, 3, 2)
-    contribution, base = integrated_gradients(
+    contribution, base = explained(
         lambda e: e.flatten(1) @ a.T, lambda h: (h**3).sum(1), x, torch.zeros(3, 2), num_segments=512
     )
     h = x.flatten(1) @ a.T
@@ -157,7 +161,7 @@ def test_completeness_holds_across_a_jump() -> None:
         return total + 3.0 * (total > 1.0)
 
     x, reference = torch.full((1, 2, 1), 2.0), torch.zeros(2, 1)
-    contribution, base = integrated_gradients(lambda e: e.flatten(1), jumpy, x, reference)
+    contribution, base = explained(lambda e: e.flatten(1), jumpy, x, reference)
     assert float(contribution.sum() + base) == pytest.approx(7.0, abs=1e-6)
 
 

@@ -36,6 +36,8 @@ from assay_pipelines.fraud.trees import (
 _FINAL_EPOCHS = 3
 # A small table needs more passes for the same number of steps.
 _MIN_STEPS, _MAX_EPOCHS = 600, 30
+# Rounds in which the trees learn from what a search finds against them.
+NUM_SEARCHES = 2
 
 
 class FittedModels(NamedTuple):
@@ -139,7 +141,7 @@ def _with_other_forms(
     copies = adversary.copies(rows, generator)
     searches: tuple[Search, ...] = (
         lambda trees: worst_forms(copies, trees),
-        *[lambda trees: adversary.worst_forms(trees, rows, generator)] * 2,
+        *[lambda trees: adversary.worst_forms(trees, rows, generator)] * NUM_SEARCHES,
     )
     return replace(data, copies=copies), with_worst_forms(tree_rows(data), searches, seed=seed, shape=shape)
 

@@ -1,5 +1,6 @@
 """The fraud pipeline: table → features through Feast → search → train → calibrate → compare → gate → registry."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from assay_features.reports import reports_of
 from assay_features.row_features import model_columns
 from assay_features.rules import rules_to_dict
 from assay_features.schema import schema_to_dict
+from assay_platform.errors import InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.fraud import FraudModel
 from assay_platform.tuning.search import SearchResult
@@ -114,11 +116,12 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             )
         run.log(params={f"lightgbm.{name}": value for name, value in baseline.chosen.items()})
         registry = open_registry(options.config)
+        already_learned: list[str] = []
         champion, champion_version = champion_metric(
             options,
             registry,
             fingerprint=fingerprint,
-            measure=lambda folder: _validation_ap(folder, options.feature_repository, prepared),
+            measure=lambda folder: _validation_ap(folder, options.feature_repository, prepared, already_learned),
             reporter=reporter,
         )
         baselines = {"lightgbm": baseline.metrics}
@@ -133,9 +136,12 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             tolerated_error=fitted.tolerated_ece,
             recall=None if fitted.robustness is None else fitted.robustness.recall,
             robust_recall=0.0 if fitted.robustness is None else fitted.robustness.robust_recall,
+            also_failed=tuple(already_learned),
         )
         learned = prepared.validation if options.refit_on_all else prepared.train
-        companions = companions_of(prepared, options, learned_until_us=int(prepared.events.time_us[learned[-1]]))
+        companions = companions_of(
+            prepared, options, training=found.best, learned_until_us=int(prepared.events.time_us[learned[-1]])
+        )
         number, alias = register_version(
             options,
             reporter,
@@ -162,10 +168,19 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     )
 
 
-def _validation_ap(folder: Path, repository: Path, prepared: Prepared) -> float:
-    """A registered model on the current validation rows, with the features that it was trained on."""
-    model = FraudModel.load(folder)
-    plan = FeaturePlan.from_dict(read_json(folder, "features")["plan"])
+def _validation_ap(folder: Path, repository: Path, prepared: Prepared, already_learned: list[str]) -> float:
+    """A registered model on the current validation rows, with the features that it was trained on.
+
+    already_learned: takes the reason if the model has learned from these rows: it cannot be measured by them then.
+
+    Raises:
+        InputError: it has.
+    """
+    model, features = FraudModel.load(folder), read_json(folder, "features")
+    if features.get("learned_until_us", 0) > prepared.events.time_us[prepared.validation[0]]:
+        already_learned.append("the champion has learned from validation rows of this run, so a person has to decide")
+        raise InputError(already_learned[0])
+    plan = FeaturePlan.from_dict(features["plan"])
     if plan == prepared.plan:
         columns = prepared.columns
     else:
@@ -176,8 +191,10 @@ def _validation_ap(folder: Path, repository: Path, prepared: Prepared) -> float:
     return average_precision(prepared.labels[prepared.validation], model.logits(model.encode(held)))
 
 
-def companions_of(prepared: Prepared, options: RunOptions, *, learned_until_us: int) -> dict[str, dict[str, Any]]:
-    """What travels with a model. learned_until_us: time of the newest event that it was trained on."""
+def companions_of(
+    prepared: Prepared, options: RunOptions, *, training: Mapping[str, Any], learned_until_us: int
+) -> dict[str, dict[str, Any]]:
+    """What travels with a model. training: hyperparameters. learned_until_us: time of the newest event learned from."""
     features = {
         "schema": schema_to_dict(prepared.schema),
         "plan": prepared.plan.to_dict(),
@@ -188,6 +205,7 @@ def companions_of(prepared: Prepared, options: RunOptions, *, learned_until_us: 
         "features": features,
         "rules": rules_to_dict(options.rules),
         "choices": possible_choices(prepared).to_dict(),
+        "training": dict(training),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from assay_platform.models.decisions import DECISIONS
 from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudModel
 from numpy.typing import NDArray
@@ -113,7 +114,8 @@ def fraud_report(model: FraudModel, prepared: Prepared, *, seed: int) -> FraudRe
     generator = np.random.default_rng(seed)
     rows = prepared.rows.rows.rows(as_slice(prepared.test))
     labels = prepared.labels[prepared.test]
-    probability = model.score(rows).probability
+    probability, decided = model.score(rows)
+    flagged = decided.decision == DECISIONS.index("decline")
     explained = np.sort(generator.choice(len(labels), min(_EXPLAINED, len(labels)), replace=False))
     _, explanation = model.explain(rows.rows(torch.from_numpy(explained)))
     effect_G = np.abs(explanation.contribution_NG).mean(axis=0)
@@ -121,23 +123,22 @@ def fraud_report(model: FraudModel, prepared: Prepared, *, seed: int) -> FraudRe
     of_frauds_G = frauds.mean(axis=0) if len(frauds) else np.zeros(len(effect_G))
     order = np.argsort(-effect_G, kind="stable")[:_SHOWN_FEATURES]
     names = model.feature_names
-    declined = np.flatnonzero(probability >= model.policy.decline_from)
+    declined = np.flatnonzero(flagged)
     if len(declined) == 0:
         declined = np.argsort(-probability)[:1]
     tested = generator.choice(declined, min(_TESTED, len(declined)), replace=False)
-    threshold = model.policy.decline_from
     return FraudReport(
         [(names[i], float(effect_G[i]), float(of_frauds_G[i])) for i in order if effect_G[i] > 0],
-        list(_segments(prepared, probability, labels, threshold)),
-        list(_weeks(prepared, probability, labels, threshold)),
+        list(_segments(prepared, probability, labels, flagged)),
+        list(_weeks(prepared, probability, labels, flagged)),
         check_reasons(model, rows.rows(torch.from_numpy(np.sort(tested))), generator),
         len(explained),
     )
 
 
-def _segment(column: str, value: str, inside: Flags, probability: Floats, labels: Flags, threshold: float) -> Segment:
-    p, y = probability[inside], labels[inside]
-    flagged, frauds = p >= threshold, int(y.sum())
+def _segment(column: str, value: str, inside: Flags, probability: Floats, labels: Flags, declined: Flags) -> Segment:
+    p, y, flagged = probability[inside], labels[inside], declined[inside]
+    frauds = int(y.sum())
     deviation = np.sqrt((p * (1 - p)).sum()) + 1e-12
     return Segment(
         column, value, len(p), frauds, float(p.mean()),
@@ -148,12 +149,12 @@ def _segment(column: str, value: str, inside: Flags, probability: Floats, labels
     )  # fmt: skip
 
 
-def _segments(prepared: Prepared, probability: Floats, labels: Flags, threshold: float) -> Iterator[Segment]:
+def _segments(prepared: Prepared, probability: Floats, labels: Flags, declined: Flags) -> Iterator[Segment]:
     """The commonest values of columns with few, quarters of the amount, entities that are new."""
 
     def segment(column: str, value: str, inside: Flags) -> Iterator[Segment]:
         if inside.any():
-            yield _segment(column, value, inside, probability, labels, threshold)
+            yield _segment(column, value, inside, probability, labels, declined)
 
     events, test = prepared.events, prepared.test
     for column in prepared.schema.categorical:
@@ -176,11 +177,11 @@ def _segments(prepared: Prepared, probability: Floats, labels: Flags, threshold:
         yield from segment(entity, "new or missing", ~is_known)
 
 
-def _weeks(prepared: Prepared, probability: Floats, labels: Flags, threshold: float) -> Iterator[Segment]:
+def _weeks(prepared: Prepared, probability: Floats, labels: Flags, declined: Flags) -> Iterator[Segment]:
     since_us = prepared.events.time_us[prepared.test] - prepared.events.time_us[prepared.test[0]]
     week = since_us // _WEEK_US
     for number in np.unique(week):
-        yield _segment("week", str(number + 1), week == number, probability, labels, threshold)
+        yield _segment("week", str(number + 1), week == number, probability, labels, declined)
 
 
 def check_reasons(model: FraudModel, rows: EncodedRows, generator: np.random.Generator) -> ReasonTests:

@@ -1,12 +1,13 @@
 """Learning on: a model takes in what was labelled since it was trained, at a fraction of what training costs.
 
 Some trees follow those there are, the net makes one careful pass, both over the new rows and as many older ones, so
-that what was learned stays. Calibration and thresholds move to where the new rows show them to be: the model had not
-seen those, so they are honest. Features of reported frauds need no update, they are new in every score.
+that what was learned stays. Calibration and thresholds move to where rows show them to be that the model had not seen.
+Features of reported frauds need no update, they are new in every score; online features are left to the service.
 """
 
 # N rows
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from assay_features.definitions import FeaturePlan
 from assay_features.rules import rules_from_dict
-from assay_features.schema import FraudSchema, schema_from_dict
+from assay_features.schema import FraudSchema, schema_from_dict, schema_to_dict
 from assay_platform.errors import DataError, InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.calibration import fit_platt
@@ -25,16 +26,17 @@ from assay_platform.tracking import CHAMPION
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.adversary import Adversary
 from assay_pipelines.fraud.evaluate import fraud_metrics, tolerated_calibration_error
+from assay_pipelines.fraud.fit import NUM_SEARCHES
 from assay_pipelines.fraud.pipeline import companions_of, signature_of
 from assay_pipelines.fraud.prepare import Prepared, Rows
-from assay_pipelines.fraud.train import DEFAULTS, FraudData, LabelledRows, train_net
-from assay_pipelines.fraud.trees import LARGE, SMALL, TreeRows, train_trees, tree_rows
+from assay_pipelines.fraud.train import FraudData, LabelledRows, train_net
+from assay_pipelines.fraud.trees import LARGE, SMALL, TreeRows, train_trees, tree_rows, worst_forms
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.tracking import open_registry, register_version, tracked_run
 
-# Fewer frauds say too little of where scores belong.
-_MIN_FRAUDS = 50
+# Fewer frauds say too little of where scores belong; still fewer say nothing of which model is better.
+_MIN_FRAUDS, _MIN_DECIDING = 50, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +55,16 @@ def update_model(
     *,
     new: Rows,
     old: Rows,
-    settings: DecisionSettings,
+    training: Mapping[str, Any],
     seed: int,
     adversary: Adversary | None = None,
     config: UpdateConfig = UpdateConfig(),
 ) -> FraudModel:
-    """A model that has seen the `new` rows of the data too.
+    """A model that has seen the `new` rows of the data too; calibration and policy are left as they are.
 
     data: encoded by the model's own encoder, in order of time. old: rows that it was trained on, the newest of which
-    are seen again. adversary: given, forms that the frauds could have had are learned from too, as in training.
+    are seen again. training: the hyperparameters that the net was trained with. adversary: given, forms that the frauds
+    could have had are learned from too, as many as in training, so that fraud does not become rarer than it was then.
 
     Raises:
         DataError: the new rows are of one class.
@@ -72,11 +75,6 @@ def update_model(
             f"{len(new)} new rows, of which {int(labels[new].sum())} are fraud: learning on needs both kinds"
         )
     parts = model.parts
-    before = model.logits(data.take(torch.from_numpy(new)).rows)
-    calibration, policy = parts.calibration, parts.policy
-    if labels[new].sum() >= _MIN_FRAUDS:
-        calibration = fit_platt(before, labels[new])
-        policy = Policy.fit(settings, calibration.probability(before), labels[new])
     rows = np.sort(np.concatenate([new, old[max(0, len(old) - round(config.replay * len(new))) :]]))
     learned = FraudData(
         encoder=parts.encoder,
@@ -85,14 +83,17 @@ def update_model(
         validation=None,
     )
     forms: TreeRows = tree_rows(learned)
-    if adversary is not None:
+    if adversary is not None and labels[rows].any():
         generator = np.random.default_rng(seed)
-        learned = replace(learned, copies=adversary.copies(rows, generator))
+        copies = adversary.copies(rows, generator)
+        learned = replace(learned, copies=copies)
         if parts.trees is not None:
-            forms = forms.with_forms(adversary.worst_forms(parts.trees, rows, generator))
+            forms = forms.with_forms(worst_forms(copies, parts.trees))
+            for _ in range(NUM_SEARCHES):
+                forms = forms.with_forms(adversary.worst_forms(parts.trees, rows, generator))
     net, trees = parts.net, parts.trees
     if parts.blend.net:
-        params: dict[str, Any] = {**DEFAULTS, "learning_rate": config.net_rate * DEFAULTS["learning_rate"]}
+        params = {**training, "learning_rate": config.net_rate * training["learning_rate"]}
         net = train_net(params, learned, num_epochs=1, seed=seed, start=parts.net).net
     if parts.blend.trees and trees is not None:
         num_leaves = int((trees.column < 0).sum()) / len(trees)
@@ -101,17 +102,29 @@ def update_model(
             shape=SMALL if num_leaves <= SMALL["num_leaves"] else LARGE,
         )  # fmt: skip
         trees = trees.followed_by(more.trees)
-    return model.changed(net=net, trees=trees, calibration=calibration, policy=policy)
+    return model.changed(net=net, trees=trees)
+
+
+def calibrated(model: FraudModel, rows: LabelledRows, settings: DecisionSettings) -> FraudModel:
+    """The model with calibration and thresholds of these rows, which it has not seen, if they hold enough frauds."""
+    labels = rows.labels.numpy() > 0.5
+    if labels.sum() < _MIN_FRAUDS or labels.all():
+        return model
+    logits = model.logits(rows.rows)
+    calibration = fit_platt(logits, labels)
+    policy = Policy.fit(settings, calibration.probability(logits), labels)
+    return model.changed(calibration=calibration, policy=policy)
 
 
 def update_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     """The champion learns on from the events of the table that it has not seen and whose labels are final.
 
-    Three quarters of them are learned from and the rest decides; a candidate that scores the rest no better than the
-    champion is registered as a challenger. What is registered has learned from all.
+    Three quarters of them are learned from; the rest decides, and says where calibration and thresholds belong. A
+    candidate that ranks the rest no better than the champion is registered as a challenger. What is registered has
+    learned from all.
 
     Raises:
-        InputError: there is no champion, or nothing new.
+        InputError: there is no champion, or too little is new, or the schema is another one.
         DataError: what is new is of one class.
     """
     registry = open_registry(options.config)
@@ -125,23 +138,26 @@ def update_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         raise InputError(
             f"{options.model_name} version {number} does not say what it has learned; run without --update"
         )
+    schema, training = _same_schema(schema, options), read_json(folder, "training")
     rules = rules_from_dict(read_json(folder, "rules"))
     options = replace(options, schema=schema, plan=FeaturePlan.from_dict(companion["plan"]), rules=rules)
-    prepared = Prepared(options, reporter, encoder=champion.parts.encoder)
+    # What the champion reads online is the service's to keep: it has events that no table has yet.
+    prepared = Prepared(options, reporter, publish=False, encoder=champion.parts.encoder)
     old, learned, deciding = _new_rows(prepared, int(until_us), schema)
     new, labels = np.concatenate([learned, deciding]), prepared.labels
 
     def updated(rows: Rows) -> FraudModel:
         return update_model(
-            champion, prepared.rows, new=rows, old=old, settings=schema.decisions, seed=options.seed,
+            champion, prepared.rows, new=rows, old=old, training=training, seed=options.seed,
             adversary=prepared.adversary(),
         )  # fmt: skip
 
-    fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}"
+    # Not that of a full run, which measures by other rows.
+    fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:update"
     with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
         with reporter.stage("train", "Learn from the new events") as stage:
-            candidate = updated(learned)
-            held = prepared.rows.rows.rows(torch.from_numpy(deciding))
+            unseen = prepared.rows.take(torch.from_numpy(deciding))
+            candidate, held = calibrated(updated(learned), unseen, schema.decisions), unseen.rows
             sides = {}
             for name, model in (("candidate", candidate), ("champion", champion)):
                 threshold = model.policy.decline_from
@@ -167,8 +183,10 @@ def update_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             robust_recall=0.0 if robustness is None else robustness.robust_recall,
         )
         with reporter.stage("refit", "Learn from all new events"):
-            final = updated(new)
-        companions = companions_of(prepared, options, learned_until_us=int(prepared.events.time_us[new[-1]]))
+            final = updated(new).changed(calibration=candidate.calibration, policy=candidate.policy)
+        companions = companions_of(
+            prepared, options, training=training, learned_until_us=int(prepared.events.time_us[new[-1]])
+        )
         version, alias = register_version(
             options,
             reporter,
@@ -195,6 +213,22 @@ def update_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     )
 
 
+def _same_schema(known: FraudSchema, options: RunOptions) -> FraudSchema:
+    """The champion's schema with the decisions that are asked for now.
+
+    Raises:
+        InputError: anything else of it has changed, or labels have no delay that says when they are final.
+    """
+    asked = options.schema
+    assert isinstance(asked, FraudSchema)
+    for name, value in schema_to_dict(replace(known, decisions=asked.decisions, split=asked.split)).items():
+        if schema_to_dict(asked).get(name) != value:
+            raise InputError(f"the schema's {name} is not what the champion was trained with; run without --update")
+    if known.label_delay_days is None:
+        raise InputError("the schema has no [labels] delay_days, so nobody knows which labels are final; 0 is allowed")
+    return replace(known, decisions=asked.decisions)
+
+
 def _new_rows(prepared: Prepared, until_us: int, schema: FraudSchema) -> tuple[Rows, Rows, Rows]:
     """Rows that the champion has seen, new ones to learn from, new ones that decide."""
     time_us = prepared.events.time_us
@@ -205,11 +239,11 @@ def _new_rows(prepared: Prepared, until_us: int, schema: FraudSchema) -> tuple[R
     parts = np.arange(first), np.arange(first, middle), np.arange(middle, end)
     for rows in parts[1:]:
         frauds = int(prepared.labels[rows].sum())
-        if frauds in (0, len(rows)):
+        if frauds < _MIN_DECIDING or frauds == len(rows):
             moment = np.datetime64(until_us, "us").astype("datetime64[s]")
             raise InputError(
                 f"{prepared.table.path}: the champion has learned until {moment}. Since then {max(0, end - first)} "
                 f"events have labels that are final; the {len(rows)} of one part have {frauds} frauds, and each of two "
-                "parts needs both kinds"
+                f"parts needs at least {_MIN_DECIDING}"
             )
     return parts

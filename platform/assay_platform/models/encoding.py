@@ -15,6 +15,7 @@ from assay_platform.errors import InputError
 
 Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
 _LARGEST = 3e38
+_FEW_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,14 @@ class TabularEncoder:
             if name not in columns:
                 raise InputError(f"column {name!r} is missing; the model needs {len(self.names)} columns")
         num_rows = len(columns[self.names[0]])
-        values_FN = np.empty((len(self.numeric), num_rows), dtype=np.float64)
-        for i, name in enumerate(self.numeric):
-            values_FN[i] = columns[name]
-        # Beyond float32 a number is as good as its largest; an infinity would make 0 · inf in an empty bin.
-        values_NF = np.ascontiguousarray(np.clip(values_FN, -_LARGEST, _LARGEST).T, dtype=np.float32)
+        values_NF = np.empty((num_rows, len(self.numeric)), dtype=np.float32)
+        # Some columns at once: one by one is slow for one row, all of them are much memory for many.
+        step = len(self.numeric) if num_rows <= _FEW_ROWS else 16
+        for start in range(0, len(self.numeric), max(1, step)):
+            part_FN = np.array([columns[name] for name in self.numeric[start : start + step]], dtype=np.float64)
+            # Beyond float32 a number is as good as its largest; an infinity would make 0 · inf in an empty bin.
+            np.clip(part_FN, -_LARGEST, _LARGEST, out=part_FN)
+            values_NF[:, start : start + step] = part_FN.T
         codes_NC = np.zeros((num_rows, len(self.categorical)), dtype=np.int64)
         for i, name in enumerate(self.categorical):
             code_of = self._code_of[i]

@@ -13,40 +13,54 @@ within 0.4 % of 256 on the fraud model of IEEE-CIS (mean L1 distance of all cont
 # N rows, G features, P width of one feature's embedding, S segments
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# (N, G, P) → (N, …), affine.
+Linear = Callable[[Tensor], Tensor]
+# (M, …) → (M,), differentiable almost everywhere, independent between rows.
+Rest = Callable[[Tensor], Tensor]
+
+
+class Origin(NamedTuple):
+    """Where all paths of a model begin: the same for every row, so it is worth keeping."""
+
+    reference_GP: Tensor
+    hidden: Tensor  # (1, …) linear(reference)
+    gradient: Tensor  # (1, …) of `rest` there
+    value: Tensor  # scalar, rest(hidden)
+
+    @staticmethod
+    def of(linear: Linear, rest: Rest, reference_GP: Tensor) -> "Origin":
+        """Of one reference input."""
+        with torch.enable_grad():
+            hidden = linear(reference_GP.unsqueeze(0)).detach().requires_grad_(True)
+            value = rest(hidden)
+            (gradient,) = torch.autograd.grad(value.sum(), hidden)
+        return Origin(reference_GP.detach(), hidden.detach(), gradient, value.detach()[0].double())
+
 
 def integrated_gradients(
-    linear: Callable[[Tensor], Tensor],
-    rest: Callable[[Tensor], Tensor],
-    x_NGP: Tensor,
-    reference_GP: Tensor,
-    *,
-    num_segments: int = 4,
+    linear: Linear, rest: Rest, x_NGP: Tensor, origin: Origin, *, num_segments: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """Contributions (N, G) and the base value (scalar) with base + Σ_g contribution = rest(linear(x)).
-
-    linear: (N, G, P) → (N, …), affine. rest: (M, …) → (M,), differentiable almost everywhere, independent between rows.
-    """
+    """Contributions (N, G) and the base value (scalar) with base + Σ_g contribution = rest(linear(x))."""
     num_rows = len(x_NGP)
     x_NGP = x_NGP.detach().requires_grad_(True)
     with torch.enable_grad():
         end = linear(x_NGP)
-        start = linear(reference_GP.unsqueeze(0)).detach()
-        delta = end.detach() - start
-        steps = [start + (s / num_segments) * delta for s in range(1, num_segments + 1)]
-        path = torch.cat([start, *steps]).requires_grad_(True)
+        delta = end.detach() - origin.hidden
+        steps = [origin.hidden + (s / num_segments) * delta for s in range(1, num_segments + 1)]
+        path = torch.cat(steps).requires_grad_(True)
         values = rest(path)
         (gradient,) = torch.autograd.grad(values.sum(), path)
-        at_start, along = gradient[:1], gradient[1:].view(num_segments, num_rows, *gradient.shape[1:])
+        along = gradient.view(num_segments, num_rows, *gradient.shape[1:])
         # The trapezoid rule.
-        mean = (along.sum(0) + 0.5 * (at_start - along[-1])) / num_segments
+        mean = (along.sum(0) + 0.5 * (origin.gradient - along[-1])) / num_segments
         (slope_NGP,) = torch.autograd.grad((end * mean).sum(), x_NGP)
-    share_NG = (slope_NGP * (x_NGP.detach() - reference_GP)).sum(-1).double()
-    values = values.detach().double()
-    base = values[0]
-    residual_N1 = (values[len(values) - num_rows :] - base - share_NG.sum(-1)).unsqueeze(-1)
+    share_NG = (slope_NGP * (x_NGP.detach() - origin.reference_GP)).sum(-1).double()
+    reached_N = values.detach()[len(values) - num_rows :].double()
+    residual_N1 = (reached_N - origin.value - share_NG.sum(-1)).unsqueeze(-1)
     weight_NG = share_NG.abs() + 1e-12
-    return share_NG + residual_N1 * weight_NG / weight_NG.sum(-1, keepdim=True), base
+    return share_NG + residual_N1 * weight_NG / weight_NG.sum(-1, keepdim=True), origin.value

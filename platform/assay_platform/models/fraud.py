@@ -8,6 +8,7 @@ decision policy and reference row, saved and loaded as an artifact.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from assay_platform.models.calibration import PlattCalibration, sigmoid
 from assay_platform.models.decisions import Costs, Decided, Policy
 from assay_platform.models.embeddings import CategoricalEmbedding, PeriodicEmbedding, PiecewiseLinearEmbedding
 from assay_platform.models.encoding import Columns, EncodedRows, TabularEncoder
-from assay_platform.models.explain import integrated_gradients
+from assay_platform.models.explain import Origin, integrated_gradients
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.moe import Backbone, BackboneConfig
 
@@ -82,6 +83,10 @@ class FraudNet(nn.Module):
         """Logits (N, K) of each member and the balance loss (scalar)."""
         out = self.backbone.blocks(hidden_NKD.flatten(0, 1))
         return (out.y_ND.view_as(hidden_NKD) * self.head.weight).sum(-1) + self.head.bias, out.balance_loss
+
+    def logits(self, hidden_NKD: Tensor) -> Tensor:
+        """(N,) logits without the loss."""
+        return self.members(hidden_NKD)[0].mean(-1)
 
     def forward(self, batch: EncodedRows) -> tuple[Tensor, Tensor]:
         """Logits (N,) and the balance loss (scalar)."""
@@ -208,10 +213,8 @@ class FraudModel:
         base = 0.0
         if blend.net:
             with torch.no_grad():
-                embedded_NGP, reference_GP = self._net.embed(rows), self._net.embed(reference)[0]
-            contribution, start = integrated_gradients(
-                self._net.hidden, lambda h: self._net.members(h)[0].mean(-1), embedded_NGP, reference_GP
-            )
+                embedded_NGP = self._net.embed(rows)
+            contribution, start = integrated_gradients(self._net.hidden, self._net.logits, embedded_NGP, self._origin)
             places = [*range(num_numeric), *(num_numeric + c for c in self._net.embedded)]
             total_NG[:, places] = blend.net * contribution.numpy()
             base += blend.net * float(start)
@@ -223,6 +226,13 @@ class FraudModel:
         explanation = Explanation(slope * base + intercept, slope * total_NG)
         probability = sigmoid(explanation.base + explanation.contribution_NG.sum(axis=1))
         return self._decided(probability, rows), explanation
+
+    @cached_property
+    def _origin(self) -> Origin:
+        """Where explanations of the net start."""
+        with torch.no_grad():
+            reference_GP = self._net.embed(self.parts.reference)[0]
+        return Origin.of(self._net.hidden, self._net.logits, reference_GP)
 
     def _decided(self, probability: NDArray[np.float64], rows: EncodedRows) -> FraudScores:
         amount = None
