@@ -457,5 +457,8 @@ def test_the_champion_learns_on_from_what_the_table_has_since(
     registry.promote("fraud-learning", 2, reason="test")
     with pytest.raises(InputError, match=r"has learned until .* needs at least 10"):
         run_application(replace(own, num_held_back=0, update=True), Reporter())
+    anew = run_application(replace(own, num_held_back=0), Reporter())
+    assert "a person has to decide" in anew.gate
+    assert anew.alias == "challenger"
     with pytest.raises(InputError, match="no champion to learn on"):
         run_application(replace(own, model_name="fraud-nobody", update=True), Reporter())

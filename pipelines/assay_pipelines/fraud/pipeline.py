@@ -171,13 +171,14 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
 def _validation_ap(folder: Path, repository: Path, prepared: Prepared, already_learned: list[str]) -> float:
     """A registered model on the current validation rows, with the features that it was trained on.
 
-    already_learned: takes the reason if the model has learned from these rows: it cannot be measured by them then.
+    already_learned: takes the reason if the model has learned on from these rows: it cannot be measured by them then.
 
     Raises:
         InputError: it has.
     """
     model, features = FraudModel.load(folder), read_json(folder, "features")
-    if features.get("learned_until_us", 0) > prepared.events.time_us[prepared.validation[0]]:
+    # A champion of a full run may have seen some of them too, in its refit: that only makes it harder to beat.
+    if features.get("updated") and features["learned_until_us"] > prepared.events.time_us[prepared.validation[0]]:
         already_learned.append("the champion has learned from validation rows of this run, so a person has to decide")
         raise InputError(already_learned[0])
     plan = FeaturePlan.from_dict(features["plan"])
@@ -200,6 +201,7 @@ def companions_of(
         "plan": prepared.plan.to_dict(),
         "repository": options.model_name,
         "learned_until_us": learned_until_us,
+        "updated": options.update,
     }
     return {
         "features": features,
