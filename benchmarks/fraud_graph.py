@@ -23,18 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from assay_features.definitions import Entity
 from assay_features.events import Events
 from assay_features.state import entity_keys
 from assay_pipelines.console import Reporter
-from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
 from assay_pipelines.fraud.evaluate import fraud_metrics
 from assay_pipelines.fraud.prepare import Prepared
 from assay_pipelines.fraud.train import DEFAULTS, FraudData, net_config, net_logits, train_net
 from assay_pipelines.fraud.trees import TreeRows, train_trees
-from assay_pipelines.options import RunOptions
-from assay_platform.config import load_config
 from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudNet
 from assay_platform.moe import Backbone
@@ -43,6 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _fraud_data import ieee_options
 from _report import finish, row
 
 RELATIONS: tuple[Entity, ...] = (
@@ -216,21 +215,15 @@ def graph_logits(prepared: Prepared, rows: GraphRows, fit: NDArray[np.intp], see
 
 def main() -> None:
     """All seeds, then the table."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data")
     parser.add_argument("--until", type=float, default=1.0)
     call, _ = parser.parse_known_args()
-    config = load_config()
-    folder = Path(call.data) if call.data else get_dataset("ieee-cis", config.paths.data)
-    schema: Any = replace(CATALOGUE["ieee-cis"].schema(folder), constraints=Constraints())
-    options = RunOptions(
-        config=config, application="fraud", data="ieee-cis", table=folder / EVENTS, schema=schema,
-        schema_folder=folder, model_name="fraud-bench", max_rows=call.rows,
-        num_held_back=round((1 - call.until) * 590_540),
-    )  # fmt: skip
-    prepared = Prepared(options, Reporter(), publish=False)
+    options = ieee_options(call, constraints=Constraints())
+    held_back = round((1 - call.until) * pq.read_metadata(options.table).num_rows)
+    prepared = Prepared(replace(options, num_held_back=held_back), Reporter(), publish=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fit, labels = np.concatenate([prepared.train, prepared.validation]), prepared.labels
     everyone = np.arange(len(labels))

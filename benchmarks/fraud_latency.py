@@ -83,7 +83,7 @@ def peers(frame: pd.DataFrame, scorer: FraudScorer) -> dict[str, Callable[[int, 
 
 def main() -> None:
     """Measure in turn."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fraud-ieee-cis")
     parser.add_argument("--calls", type=int, default=400)
     call, _ = parser.parse_known_args()

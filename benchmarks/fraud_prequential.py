@@ -11,25 +11,21 @@ seconds are those of all weeks together.
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from assay_pipelines.console import Reporter
-from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
 from assay_pipelines.fraud.evaluate import fraud_metrics
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared
 from assay_pipelines.fraud.train import DEFAULTS, LabelledRows
 from assay_pipelines.fraud.update import calibrated, update_model
-from assay_pipelines.options import RunOptions
-from assay_platform.config import load_config
 from assay_platform.models.fraud import FraudModel
 from assay_platform.robustness.constraints import Constraints
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _fraud_data import ieee_options
 from _report import finish, row
 
 WEEK_US = 7 * 86_400_000_000
@@ -88,19 +84,12 @@ def weeks(prepared: Prepared, seed: int) -> tuple[dict[str, list[dict[str, float
 
 def main() -> None:
     """All seeds, then the table."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--data")
     call, _ = parser.parse_known_args()
-    config = load_config()
-    folder = Path(call.data) if call.data else get_dataset("ieee-cis", config.paths.data)
-    schema: Any = replace(CATALOGUE["ieee-cis"].schema(folder), constraints=Constraints())
-    options = RunOptions(
-        config=config, application="fraud", data="ieee-cis", table=folder / EVENTS, schema=schema,
-        schema_folder=folder, model_name="fraud-bench", max_rows=call.rows,
-    )  # fmt: skip
-    prepared = Prepared(options, Reporter(), publish=False)
+    prepared = Prepared(ieee_options(call, constraints=Constraints()), Reporter(), publish=False)
     runs = [weeks(prepared, seed) for seed in range(call.seeds)]
     rows = []
     for metric in ("average_precision", "recall_at_threshold", "fpr_at_threshold", "ece"):

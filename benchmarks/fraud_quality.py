@@ -26,21 +26,19 @@ import numpy as np
 import torch
 from assay_features.definitions import FeaturePlan, Ratio, entity_columns
 from assay_pipelines.console import Reporter
-from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
 from assay_pipelines.fraud.baseline import tree_frame
 from assay_pipelines.fraud.evaluate import average_precision, fraud_metrics
 from assay_pipelines.fraud.features import default_plan
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared, as_slice
 from assay_pipelines.fraud.train import DEFAULTS, SPACE, train_net
-from assay_pipelines.options import RunOptions
-from assay_platform.config import load_config
 from assay_platform.models.calibration import fit_platt
 from assay_platform.robustness.constraints import Constraints
 from assay_platform.tuning.space import OneOf, Real
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _fraud_data import ieee_options
 from _fraud_peers import PEERS, Table, raw_table
 from _report import finish, row
 
@@ -67,17 +65,6 @@ class Part(NamedTuple):
         """What `save` kept."""
         held = np.load(path)
         return Part(held["scores"].astype(np.float64), held["labels"], json.loads(str(held["about"])))
-
-
-def options(call: argparse.Namespace, **changes: Any) -> RunOptions:
-    """The whole table, its schema with changes."""
-    config = load_config()
-    folder = Path(call.data) if call.data else get_dataset("ieee-cis", config.paths.data)
-    schema = replace(CATALOGUE["ieee-cis"].schema(folder), **changes)
-    return RunOptions(
-        config=config, application="fraud", data="ieee-cis", table=folder / EVENTS, schema=schema,
-        schema_folder=folder, model_name="fraud-bench", max_rows=call.rows,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- peers
@@ -303,7 +290,7 @@ def table(parts: dict[str, Part]) -> list[dict[str, Any]]:
 
 def run_peers(call: argparse.Namespace, wanted: list[str]) -> Iterator[tuple[str, Part]]:
     """Every peer on the table's own columns, LightGBM on ours besides."""
-    prepared = Prepared(options(call), Reporter(), publish=False)
+    prepared = Prepared(ieee_options(call), Reporter(), publish=False)
     raw = raw_table(prepared.columns, prepared.schema, prepared.labels, prepared.train)
     for name in PEERS:
         if name in wanted:
@@ -316,13 +303,13 @@ def run_peers(call: argparse.Namespace, wanted: list[str]) -> Iterator[tuple[str
 
 def run_ours(call: argparse.Namespace, wanted: list[str]) -> Iterator[tuple[str, Part]]:
     """The model as it is, without its defence, and without each of its parts."""
-    defended = Prepared(options(call), Reporter(), publish=False)
+    defended = Prepared(ieee_options(call), Reporter(), publish=False)
     params = tuned_net(defended, call.trials)
     if "ours" in wanted:
         yield from ((f"ours{suffix}", part) for suffix, part in ours(defended, params, call.seeds))
     if not {"undefended", "ablation"} & set(wanted):
         return
-    given = options(call, constraints=Constraints())
+    given = ieee_options(call, constraints=Constraints())
     prepared = Prepared(given, Reporter(), publish=False)
     if "undefended" in wanted:
         yield from ((f"undefended{suffix}", part) for suffix, part in ours(prepared, params, call.seeds))
@@ -344,7 +331,7 @@ def run_ours(call: argparse.Namespace, wanted: list[str]) -> Iterator[tuple[str,
 def main() -> None:
     """Run the parts asked for, then the table of all there are."""
     own, others = ("ours", "undefended", "ablation"), (*PEERS, "features")
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join((*own, *others)))
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=5)

@@ -185,11 +185,12 @@ class EventStream:
         sequences: dict[Entity, list[list[str]]] = {}
         for entity, values in keys.items():
             held, place = self._entities[entity], places[entity]
-            rows = [i for i, value in enumerate(values) if value is not None]
+            asked_of = [(i, place[value]) for i, value in enumerate(values) if value is not None]
             features = np.full((len(values), len(held.layout.names)), np.nan)
             found: list[list[str]] = [[] for _ in values]
-            if rows:
-                states, recent = held.unpack([records[place[values[i]]] for i in rows])  # type: ignore[index]
+            if asked_of:
+                rows = [i for i, _ in asked_of]
+                states, recent = held.unpack([records[at] for _, at in asked_of])
                 features[rows] = held.layout.apply(states, moments[rows])
                 for i, one in zip(rows, recent, strict=False):
                     found[i] = list(one.values)

@@ -61,7 +61,8 @@ def _reported(schema: FraudSchema, reports: Reports) -> Iterator[Definition]:
     for entity in who:
         for length_s in (30 * DAY_S, 180 * DAY_S):
             yield from fraud_share(entity, reports, length_s)
-        if schema.entities and schema.entities[0] not in entity_columns(entity):
+        # Without a delay there is no share that it could be told with.
+        if reports.delay_s and schema.entities and schema.entities[0] not in entity_columns(entity):
             yield ring(entity, reports, schema.entities[0], 30 * DAY_S)
         if schema.amount in entity_columns(entity):
             for length_s in (DAY_S, 7 * DAY_S):
