@@ -261,6 +261,8 @@ def test_the_report_names_what_matters_and_finds_reasons_true(data: Prepared) ->
     assert 0.5 < report.reasons.stability <= 1.0
     text = report.to_markdown()
     assert "| country NO |" in text
+    assert "| share of reported frauds of this card_id, " in text
+    assert "nan" not in text
     assert json.loads(json.dumps(report.to_dict()))["segments"]
 
 

@@ -4,12 +4,13 @@ hold week by week, and whether its reasons are true and stable. All of it on row
 
 # N rows, G features
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from assay_features.definitions import Ratio, Window, duration_name, entity_columns
 from assay_platform.models.decisions import DECISIONS
 from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudModel
@@ -60,13 +61,14 @@ class ReasonTests(NamedTuple):
 
 
 class FraudReport(NamedTuple):
-    """features: mean |contribution| in log-odds and its mean among frauds, largest first."""
+    """features: mean |contribution| in log-odds and its mean among frauds, largest first. told: some, in words."""
 
     features: list[tuple[str, float, float]]
     segments: list[Segment]
     weeks: list[Segment]
     reasons: ReasonTests
     num_explained: int
+    told: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -84,7 +86,7 @@ class FraudReport(NamedTuple):
         """For people."""
         lines = ["# How this model decides", "", f"Test period; contributions of {self.num_explained:,} events.", ""]
         lines += ["| feature | mean effect, log-odds | among frauds |", "|---|---|---|"]
-        lines += [f"| {n} | {a:.3f} | {f:+.3f} |" for n, a, f in self.features]
+        lines += [f"| {self.told.get(n, n)} | {a:.3f} | {f:+.3f} |" for n, a, f in self.features]
         for title, name, parts in (("Segments", "segment", self.segments), ("Weeks", "week", self.weeks)):
             lines += [
                 "",
@@ -95,7 +97,7 @@ class FraudReport(NamedTuple):
             lines += ["|---|---|---|---|---|---|---|---|"]
             lines += [
                 f"| {s.column} {s.value} | {s.rows:,} | {s.frauds:,} | {s.mean_score:.4f} | "
-                f"{'' if np.isnan(s.auc) else f'{s.auc:.3f}'} | {s.recall:.3f} | {s.fpr:.4f} | {s.surprise:+.1f} |"
+                f"{_cell(s.auc, 3)} | {_cell(s.recall, 3)} | {_cell(s.fpr, 4)} | {s.surprise:+.1f} |"
                 for s in parts
             ]
         tests = self.reasons
@@ -133,6 +135,7 @@ def fraud_report(model: FraudModel, prepared: Prepared, *, seed: int) -> FraudRe
         list(_weeks(prepared, probability, labels, flagged)),
         check_reasons(model, rows.rows(torch.from_numpy(np.sort(tested))), generator),
         len(explained),
+        {ratio.name: _told(ratio, prepared) for ratio in prepared.plan.ratios if ratio.less is not None},
     )
 
 
@@ -229,6 +232,18 @@ def _without(model: FraudModel, rows: EncodedRows, features_NK: NDArray[np.intp]
         torch.where(gone[:, :num_numeric], reference.values_NF, rows.values_NF),
         torch.where(gone[:, num_numeric:], reference.codes_NC, rows.codes_NC),
     )
+
+
+def _told(ratio: Ratio, prepared: Prepared) -> str:
+    """A share of reported frauds in words; its name is that of its three parts."""
+    frauds = next(d for d in prepared.plan.definitions if d.name == ratio.numerator)
+    assert isinstance(frauds, Window)
+    who = " with ".join(entity_columns(frauds.entity))
+    return f"share of reported frauds of this {who}, {duration_name(frauds.length_s)}"
+
+
+def _cell(value: float, digits: int) -> str:
+    return "" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def _plain(segment: Segment) -> dict[str, Any]:
