@@ -246,7 +246,9 @@ def main() -> None:
         return scaled
 
     def trees(name: str, columns: NDArray[np.float32], seed: int) -> Floats:
-        fitted = train_trees(TreeRows(columns[fit], labels[fit]), seed=seed, num_trees=NUM_TREES).trees
+        fitted = train_trees(
+            TreeRows(columns[fit], labels[fit], np.ones(len(fit), dtype=np.float32)), seed=seed, num_trees=NUM_TREES
+        ).trees
         return measured(name, fitted.logits(columns[prepared.test]))
 
     for seed in range(call.seeds):

@@ -5,20 +5,25 @@ validation rows; the best is fitted again on train + validation with every seed,
 log-odds are calibrated alike, by Platt scaling on validation rows. Peers have the table's own columns; 'lightgbm on our
 columns' has our features too. Intervals: 95 % of 500 Poisson bootstraps of test rows, differences on the same rows.
 
-    assay bench fraud_quality [--json] [--only PART,PART] [--trials N] [--seeds N] [--rows N] [--keep FOLDER]
+    assay bench fraud_quality [--json] [--only PART,PART] [--trials N] [--seeds 0,1,2] [--protocols all,reported]
+                              [--delay-days N] [--rows N] [--keep FOLDER] [--data FOLDER]
 
-Parts: ours, undefended, ablation, lightgbm, xgboost, catboost, tabm, features (lightgbm on our columns). All of them
-take hours on two cores. With --keep, scores stay in the folder and a later call takes them from there, so parts may be
-run one at a time; the table at the end is of all that the folder has. catboost, xgboost and tabm are optional packages.
+Parts: ours; undefended, and so too with dense experts, without features of several columns together, without those of
+an amount, without reported frauds (dense, no groups, no amounts, no reports); lightgbm, xgboost, catboost, tabm;
+features (lightgbm on our columns). Of ours the net alone and the trees alone are told too. All take hours on two cores.
+With --keep, scores stay in the folder by part and seed and a later call takes them from there,
+so they may be run one at a time or beside one another; the table at the end is of all that the folder has.
+
+Protocols: 'all' learns from all labels before the test period; 'reported' only from rows as old as the label delay,
+whose labels are known when it begins, which is what an operator has. --delay-days is another delay than the data's 7.
+catboost, xgboost and tabm are optional packages.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +37,7 @@ from assay_pipelines.fraud.features import default_plan
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared, as_slice
 from assay_pipelines.fraud.train import DEFAULTS, SPACE, train_net
+from assay_pipelines.options import RunOptions
 from assay_platform.models.calibration import fit_platt
 from assay_platform.robustness.constraints import Constraints
 from assay_platform.tuning.space import OneOf, Real
@@ -42,6 +48,9 @@ from _fraud_data import ieee_options
 from _fraud_peers import PEERS, Table, raw_table
 from _report import finish, row
 
+# Without the defence, and then without one part more: see the text above.
+ABLATED = ("undefended", "dense", "no groups", "no amounts", "no reports")
+PROTOCOLS = {"all": "", "reported": ", reported labels"}
 DRAWS = 500
 SHOWN = ("auc", "average_precision", "recall_at_fpr_0.003", "precision_at_fpr_0.003", "ece", "brier")
 Floats = NDArray[np.float64]
@@ -52,76 +61,108 @@ class Part(NamedTuple):
 
     scores: Floats  # (seeds, test rows)
     labels: NDArray[np.bool_]
-    about: dict[str, Any]
+    about: list[dict[str, Any]]  # by seed
 
-    def save(self, path: Path) -> None:
-        """Keep it for a later call."""
-        np.savez_compressed(
-            path, scores=self.scores.astype(np.float32), labels=self.labels, about=np.array(json.dumps(self.about))
-        )
 
-    @staticmethod
-    def load(path: Path) -> "Part":
-        """What `save` kept."""
-        held = np.load(path)
-        return Part(held["scores"].astype(np.float64), held["labels"], json.loads(str(held["about"])))
+class Kept:
+    """Scores by name and seed, in a folder if one is given: a call cut short goes on there, parts may be run apart."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._parts: dict[str, dict[int, Part]] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("*.npz")):
+                name, seed = path.stem.rsplit(".", 1)
+                held = np.load(path)
+                about = [json.loads(str(held["about"]))]
+                self._parts.setdefault(name, {})[int(seed)] = Part(held["scores"][None], held["labels"], about)
+
+    def has(self, name: str, seed: int) -> bool:
+        """Whether it was scored already."""
+        return seed in self._parts.get(name, {})
+
+    def add(self, name: str, seed: int, scores: Floats, labels: NDArray[np.bool_], about: dict[str, Any]) -> None:
+        """Keep what one seed came to."""
+        self._parts.setdefault(name, {})[seed] = Part(scores[None].astype(np.float32), labels, [about])
+        print(f"{name}, seed {seed}: AP {average_precision(labels, scores):.4f}, {json.dumps(about)}", flush=True)
+        if self._folder is not None:
+            np.savez_compressed(
+                self._folder / f"{name}.{seed}.npz",
+                scores=scores.astype(np.float32), labels=labels, about=np.array(json.dumps(about)),
+            )  # fmt: skip
+
+    def parts(self) -> dict[str, Part]:
+        """All there is of each name."""
+        return {
+            name: Part(
+                np.concatenate([p.scores for p in by_seed.values()]).astype(np.float64),
+                next(iter(by_seed.values())).labels,
+                [p.about[0] for p in by_seed.values()],
+            )
+            for name, by_seed in self._parts.items()
+        }
+
+    def trials(self, name: str) -> list[dict[str, Any]]:
+        """What trials of a peer came to so far."""
+        path = None if self._folder is None else self._folder / f"{name}.trials.json"
+        return json.loads(path.read_text()) if path is not None and path.is_file() else []
+
+    def keep_trials(self, name: str, trials: list[dict[str, Any]]) -> None:
+        """Keep what trials came to."""
+        if self._folder is not None:
+            (self._folder / f"{name}.trials.json").write_text(json.dumps(trials))
 
 
 # ---------------------------------------------------------------------- peers
 
 
-class Tuned(NamedTuple):
-    """The best of some configurations."""
-
-    trial: int
-    validation_ap: float
-    rounds: int
-    tuned_s: float
-
-
-def tune(name: str, prepared: Prepared, table: Table, trials: int) -> Tuned:
-    """Random configurations, each judged on the validation rows."""
+def tune(
+    name: str, prepared: Prepared, table: Table, call: argparse.Namespace, kept: Kept
+) -> tuple[dict[str, Any], int]:
+    """The best of some random configurations by the validation rows, and its rounds."""
     draw, train = PEERS[name]
-    generator, began = np.random.default_rng(0), time.perf_counter()
-    best = Tuned(0, -1.0, 0, 0.0)
-    for trial in range(1, trials + 1):
-        fitted = train(draw(generator), table, prepared.train, prepared.validation, None, 0)
+    key = f"{name}-{len(table.labels)}x{table.frame.shape[1]}"
+    generator, done = np.random.default_rng(0), kept.trials(key)
+    drawn_all = [draw(generator) for _ in range(call.trials)]
+    for trial, params in enumerate(drawn_all[len(done) :], start=len(done)):
+        began = time.perf_counter()
+        fitted = train(params, table, prepared.train, prepared.validation, None, 0)
         reached = average_precision(prepared.labels[prepared.validation], fitted.score(prepared.validation))
         seconds = time.perf_counter() - began
-        print(
-            f"  {name} trial {trial}: validation AP {reached:.4f}, {fitted.rounds} rounds, {seconds:.0f} s", flush=True
-        )
-        if reached > best.validation_ap:
-            best = Tuned(trial, reached, fitted.rounds, seconds)
-    return best._replace(tuned_s=time.perf_counter() - began)
+        done.append({"validation_ap": reached, "rounds": fitted.rounds, "seconds": round(seconds, 1)})
+        kept.keep_trials(key, done)
+        print(f"  {name} trial {trial + 1}: {json.dumps(done[-1])}", flush=True)
+    best = int(np.argmax([t["validation_ap"] for t in done[: call.trials]]))
+    return drawn_all[best], int(done[best]["rounds"])
 
 
-def peer(name: str, prepared: Prepared, table: Table, call: argparse.Namespace) -> Part:
-    """Tune, then fit again with every seed. What tuning found is kept too, so that a call cut short goes on there."""
-    draw, train = PEERS[name]
-    shape = f"{len(table.labels)}x{table.frame.shape[1]}-{call.trials}"
-    kept = call.keep / f"{name}-{shape}.tuned.json" if call.keep else None
-    if kept is not None and kept.is_file():
-        tuned = Tuned(**json.loads(kept.read_text()))
-    else:
-        tuned = tune(name, prepared, table, call.trials)
-        if kept is not None:
-            kept.write_text(json.dumps(tuned._asdict()))
-    y, generator = prepared.labels, np.random.default_rng(0)
-    params = [draw(generator) for _ in range(tuned.trial)][-1]
-    chosen = train(params, table, prepared.train, None, tuned.rounds, 0)
+def peer(name: str, label: str, prepared: Prepared, table: Table, call: argparse.Namespace, kept: Kept) -> None:
+    """Tune, then fit again with every seed, by each protocol."""
+    left = [(p, seed) for p in call.protocols for seed in call.seeds if not kept.has(label + PROTOCOLS[p], seed)]
+    if not left:
+        return
+    train, y = PEERS[name][1], prepared.labels
+    params, found = tune(name, prepared, table, call, kept)
+    chosen = train(params, table, prepared.train, None, found, 0)
     calibration = fit_platt(chosen.score(prepared.validation), y[prepared.validation])
-    before = np.concatenate([prepared.train, prepared.validation])
     # A tenth more rows, a tenth more trees; as many epochs.
-    rounds = tuned.rounds if name == "tabm" else max(1, round(1.1 * tuned.rounds))
-    scores, seconds = [], []
-    for seed in range(call.seeds):
+    rounds = found if name == "tabm" else max(1, round(1.1 * found))
+    for protocol, seed in left:
         began = time.perf_counter()
-        fitted = train(params, table, before, None, rounds, seed)
-        seconds.append(time.perf_counter() - began)
-        scores.append(calibration.logit(fitted.score(prepared.test)))
-    about = {**tuned._asdict(), "params": params, "rounds": rounds, "fit_s": seconds}
-    return Part(np.array(scores), y[prepared.test], about)
+        fitted = train(params, table, learned(prepared, protocol), None, rounds, seed)
+        about = {"rounds": rounds, "fit_s": round(time.perf_counter() - began, 1), "params": params}
+        scores = calibration.logit(fitted.score(prepared.test))
+        kept.add(label + PROTOCOLS[protocol], seed, scores, y[prepared.test], about)
+
+
+def learned(prepared: Prepared, protocol: str) -> NDArray[np.intp]:
+    """Rows of the last fit: all before the test period, or those whose labels are reported when it begins."""
+    before = np.concatenate([prepared.train, prepared.validation])
+    if protocol == "all":
+        return before
+    time_us, delay_days = prepared.events.time_us, prepared.schema.label_delay_days or 0.0
+    return before[time_us[before] < time_us[prepared.test[0]] - round(delay_days * 86_400e6)]
 
 
 # ---------------------------------------------------------------------- ours
@@ -140,49 +181,48 @@ def drawn(generator: np.random.Generator) -> dict[str, Any]:
     return found
 
 
-def tuned_net(prepared: Prepared, trials: int) -> dict[str, Any]:
+def tuned_net(prepared: Prepared, trials: int, kept: Kept) -> dict[str, Any]:
     """The best of the default and random configurations on the rows that a search sees."""
     data, generator = prepared.search_data(200.0), np.random.default_rng(0)
-    best = -1.0, dict(DEFAULTS)
-    for trial in range(trials):
-        params = dict(DEFAULTS) if trial == 0 else drawn(generator)
-        reached = train_net(params, data, num_epochs=3, seed=0).fitted.best_metric
-        print(f"  net trial {trial + 1}: validation AP {reached:.4f}", flush=True)
-        if reached > best[0]:
-            best = reached, params
-    return best[1]
+    configurations = [dict(DEFAULTS), *(drawn(generator) for _ in range(trials - 1))]
+    key = f"net-{len(prepared.labels)}"
+    done = kept.trials(key)
+    for params in configurations[len(done) :]:
+        done.append({"validation_ap": train_net(params, data, num_epochs=3, seed=0).fitted.best_metric})
+        kept.keep_trials(key, done)
+        print(f"  net trial {len(done)}: {json.dumps(done[-1])}", flush=True)
+    return configurations[int(np.argmax([t["validation_ap"] for t in done[:trials]]))]
 
 
-def ours(prepared: Prepared, params: dict[str, Any], seeds: int) -> Iterator[tuple[str, Part]]:
+def ours(name: str, prepared: Prepared, params: dict[str, Any], call: argparse.Namespace, kept: Kept) -> None:
     """The whole model, and what is left of it without its net and without its trees."""
-    scores: dict[str, list[Floats]] = {"": [], " without the net": [], " without the trees": []}
-    about: dict[str, Any] = {"params": params, "fit_s": [], "refit_s": [], "attacked": [], "validation_ap": []}
     held = prepared.rows.take(as_slice(prepared.validation))
     test = prepared.rows.rows.rows(as_slice(prepared.test))
-    y = prepared.labels
-    for seed in range(seeds):
+    y, adversary = prepared.labels, prepared.adversary()
+    for seed in call.seeds:
+        left = [p for p in call.protocols if not kept.has(f"{name} without the trees{PROTOCOLS[p]}", seed)]
+        if not left:
+            continue
         reporter, began = Reporter(), time.perf_counter()
         fitted = fit_models(params, prepared, reporter, seed=seed)
-        about["fit_s"].append(time.perf_counter() - began)
-        began = time.perf_counter()
-        model = refit(fitted, params, prepared, reporter, seed=seed)
-        about["refit_s"].append(time.perf_counter() - began)
-        about["validation_ap"].append(fitted.validation_ap)
-        scores[""].append(model.calibration.logit(model.logits(test)))
-        net, trees = fitted.model.net_logits(held.rows), fitted.model.parts.trees
-        assert trees is not None
-        assert model.parts.trees is not None
-        calibrated = fit_platt(trees.logits(held.rows.numbers()), y[prepared.validation])
-        scores[" without the net"].append(calibrated.logit(model.parts.trees.logits(test.numbers())))
-        scores[" without the trees"].append(fit_platt(net, y[prepared.validation]).logit(model.net_logits(test)))
-        if prepared.adversary() is not None:
-            adversary = prepared.adversary()
-            assert adversary is not None
-            attacked = adversary.attack(model, prepared.test, np.random.default_rng(seed), max_attacked=1000)
-            about["attacked"].append(attacked._asdict())
-        print(f"  seed {seed}: {about['fit_s'][-1]:.0f} s, {about['refit_s'][-1]:.0f} s, {about['attacked'][-1:]}")
-    for suffix, found in scores.items():
-        yield suffix, Part(np.array(found), y[prepared.test], about)
+        fit_s, early = round(time.perf_counter() - began, 1), fitted.model.parts.trees
+        assert early is not None
+        alone = early.logits(held.rows.numbers()), fitted.model.net_logits(held.rows)
+        calibrations = [fit_platt(logits, y[prepared.validation]) for logits in alone]
+        for protocol in left:
+            began = time.perf_counter()
+            model = refit(fitted, params, prepared.until(len(learned(prepared, protocol))), reporter, seed=seed)
+            refit_s = round(time.perf_counter() - began, 1)
+            about: dict[str, Any] = {"validation_ap": fitted.validation_ap, "fit_s": fit_s, "refit_s": refit_s}
+            if adversary is not None:
+                attacked = adversary.attack(model, prepared.test, np.random.default_rng(seed), max_attacked=1000)
+                about["attacked"] = attacked._asdict()
+            late, suffix = model.parts.trees, PROTOCOLS[protocol]
+            assert late is not None
+            kept.add(name + suffix, seed, model.calibration.logit(model.logits(test)), y[prepared.test], about)
+            parts = {"without the net": late.logits(test.numbers()), "without the trees": model.net_logits(test)}
+            for (part, logits), calibration in zip(parts.items(), calibrations, strict=True):
+                kept.add(f"{name} {part}{suffix}", seed, calibration.logit(logits), y[prepared.test], {})
 
 
 def without(plan: FeaturePlan, *columns: str, groups: bool = False) -> FeaturePlan:
@@ -256,12 +296,13 @@ def table(parts: dict[str, Part]) -> list[dict[str, Any]]:
         "recall_at_fpr_0.003": intervals(parts, weighted_recall),
         "auc": intervals(parts, weighted_auc),
     }
-    rivals = [name for name in parts if name in PEERS]
     first = next(iter(parts.values()))
     for name, part in parts.items():
         if not np.array_equal(part.labels, first.labels):
             raise SystemExit(f"{name} was measured on other rows; give --keep another folder")
     for name, found in metrics.items():
+        suffix = next(s for s in sorted(PROTOCOLS.values(), key=len, reverse=True) if name.endswith(s))
+        rivals = [peer + suffix for peer in PEERS if peer + suffix in parts]
         for shown in SHOWN:
             values = [m[shown] for m in found]
             mean = float(np.mean(values))
@@ -288,77 +329,73 @@ def table(parts: dict[str, Part]) -> list[dict[str, Any]]:
     return rows
 
 
-def run_peers(call: argparse.Namespace, wanted: list[str]) -> Iterator[tuple[str, Part]]:
+def _options(call: argparse.Namespace, **schema: Any) -> RunOptions:
+    return ieee_options(call, **schema, **({} if call.delay_days is None else {"label_delay_days": call.delay_days}))
+
+
+def run_peers(call: argparse.Namespace, wanted: list[str], kept: Kept) -> None:
     """Every peer on the table's own columns, LightGBM on ours besides."""
-    prepared = Prepared(ieee_options(call), Reporter(), publish=False)
+    prepared = Prepared(_options(call), Reporter(), publish=False)
     raw = raw_table(prepared.columns, prepared.schema, prepared.labels, prepared.train)
     for name in PEERS:
         if name in wanted:
-            yield name, peer(name, prepared, raw, call)
+            peer(name, name, prepared, raw, call, kept)
     if "features" in wanted:
         frame = tree_frame(prepared.columns, prepared.numeric, prepared.categorical, prepared.train)
-        table = raw._replace(frame=frame)
-        yield "lightgbm on our columns", peer("lightgbm", prepared, table, call)
+        peer("lightgbm", "lightgbm on our columns", prepared, raw._replace(frame=frame), call, kept)
 
 
-def run_ours(call: argparse.Namespace, wanted: list[str]) -> Iterator[tuple[str, Part]]:
+def run_ours(call: argparse.Namespace, wanted: list[str], kept: Kept) -> None:
     """The model as it is, without its defence, and without each of its parts."""
-    defended = Prepared(ieee_options(call), Reporter(), publish=False)
-    params = tuned_net(defended, call.trials)
+    prepared = Prepared(_options(call), Reporter(), publish=False)
+    params = tuned_net(prepared, call.trials, kept)
     if "ours" in wanted:
-        yield from ((f"ours{suffix}", part) for suffix, part in ours(defended, params, call.seeds))
-    if not {"undefended", "ablation"} & set(wanted):
+        ours("ours", prepared, params, call, kept)
+    left = [part for part in ABLATED if part in wanted]
+    if not left:
         return
-    given = ieee_options(call, constraints=Constraints())
+    given = _options(call, constraints=Constraints())
     prepared = Prepared(given, Reporter(), publish=False)
-    if "undefended" in wanted:
-        yield from ((f"undefended{suffix}", part) for suffix, part in ours(prepared, params, call.seeds))
-    if "ablation" in wanted:
-        dense = {**params, "num_experts": 2, "top_k": 2}  # all experts run for every row
-        for suffix, part in ours(prepared, dense, call.seeds):
-            yield f"undefended, dense{suffix}", part
-        plan, schema = prepared.plan, prepared.schema
-        cases = {
-            "no groups of entities": without(plan, groups=True),
-            "no crosses with the amount": without(plan, schema.amount or ""),
-            "no reported frauds": default_plan(replace(schema, label_delay_days=None)),
-        }
-        for case, changed in cases.items():
-            prepared = Prepared(replace(given, plan=changed), Reporter(), publish=False)
-            yield f"undefended, {case}", next(ours(prepared, params, call.seeds))[1]
+    plan, schema = prepared.plan, prepared.schema
+    plans = {
+        "no groups": without(plan, groups=True),
+        "no amounts": without(plan, schema.amount or ""),
+        "no reports": default_plan(replace(schema, label_delay_days=None)),
+    }
+    for part in left:
+        if part in plans:
+            prepared = Prepared(replace(given, plan=plans[part]), Reporter(), publish=False)
+        # All experts run for every row.
+        chosen = {**params, "num_experts": 2, "top_k": 2} if part == "dense" else params
+        ours("undefended" if part == "undefended" else f"undefended, {part}", prepared, chosen, call, kept)
 
 
 def main() -> None:
     """Run the parts asked for, then the table of all there are."""
-    own, others = ("ours", "undefended", "ablation"), (*PEERS, "features")
+    own, others = ("ours", *ABLATED), (*PEERS, "features")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join((*own, *others)))
     parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=list(range(5)))
+    parser.add_argument("--protocols", type=lambda text: text.split(","), default=list(PROTOCOLS))
+    parser.add_argument("--delay-days", type=float)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--data")
     call, _ = parser.parse_known_args()
     wanted = [part for part in call.only.split(",") if part]
     unknown = sorted(set(wanted) - {*own, *others})
+    if set(call.protocols) - set(PROTOCOLS):
+        raise SystemExit(f"--protocols: known are {', '.join(PROTOCOLS)}")
     if unknown:
         raise SystemExit(f"--only: unknown part {unknown[0]!r}; known are {', '.join((*own, *others))}")
-    parts: dict[str, Part] = {}
-    if call.keep:
-        call.keep.mkdir(parents=True, exist_ok=True)
-        parts |= {path.stem: Part.load(path) for path in sorted(call.keep.glob("*.npz"))}
-    runs = []
+    kept = Kept(call.keep)
     if set(wanted) & set(others):
-        runs.append(run_peers(call, wanted))
+        run_peers(call, wanted, kept)
     if set(wanted) & set(own):
-        runs.append(run_ours(call, wanted))
-    for name, part in chain.from_iterable(runs):
-        parts[name] = part
-        if call.keep:
-            part.save(call.keep / f"{name}.npz")
-        print(f"{name}: AP {np.mean([average_precision(part.labels, s) for s in part.scores]):.4f}", flush=True)
+        run_ours(call, wanted, kept)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    finish("fraud_quality", table(parts), device)
+    finish("fraud_quality", table(kept.parts()), device)
 
 
 if __name__ == "__main__":

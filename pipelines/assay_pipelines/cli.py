@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--update", action="store_true",
                                  help="the champion learns on from what the table has since, at a fraction "
                                       "of the cost, and has to do better than before (fraud)")  # fmt: skip
+            command.add_argument("--recalibrate", action="store_true",
+                                 help="the champion stays as it is; its probabilities and thresholds move to what "
+                                      "was reported since, if they have drifted (fraud)")  # fmt: skip
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip

@@ -19,7 +19,7 @@ class RunOptions:
     data: name of the data set or path, as the user gave it. budget_s: seconds for the search. max_trials: an
     upper limit besides. num_held_back: newest rows that the run must not see at all (the demo replays them).
     plan: features instead of those that the schema gives by itself (fraud). rules: decide before the model (fraud).
-    update: the champion learns on instead of being trained anew (fraud).
+    update: the champion learns on instead of being trained anew (fraud). recalibrate: only its probabilities move.
     """
 
     config: Config
@@ -38,6 +38,7 @@ class RunOptions:
     plan: FeaturePlan | None = None
     rules: tuple[Rule, ...] = ()
     update: bool = False
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:

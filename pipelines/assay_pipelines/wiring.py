@@ -118,14 +118,17 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
     options = make_options(
         config, call.application, call.data, schema_file=call.schema, name=call.name, reporter=reporter
     )
-    update = getattr(call, "update", False)
-    if update and call.application != "fraud":
-        raise InputError("--update is for fraud: a recommender's run is short, so it is trained anew")
-    if update and (call.plan or call.rules or call.rows):
-        raise InputError("--update keeps the champion's features, rules and rows; leave --plan, --rules, --rows out")
+    update, recalibrate = getattr(call, "update", False), getattr(call, "recalibrate", False)
+    if update and recalibrate:
+        raise InputError("--update recalibrates too; give one of --update and --recalibrate")
+    flag = "--update" if update else "--recalibrate"
+    if (update or recalibrate) and call.application != "fraud":
+        raise InputError(f"{flag} is for fraud: a recommender's run is short, so it is trained anew")
+    if (update or recalibrate) and (call.plan or call.rules or call.rows):
+        raise InputError(f"{flag} keeps the champion's features, rules and rows; leave --plan, --rules, --rows out")
     return replace(
         options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call), rules=_rules(call),
-        update=update,
+        update=update, recalibrate=recalibrate,
     )  # fmt: skip
 
 
@@ -149,9 +152,10 @@ def run_application(options: RunOptions, reporter: Reporter) -> RunReport:
     """The pipeline of an application."""
     if options.application == "fraud":
         from assay_pipelines.fraud.pipeline import run_fraud
-        from assay_pipelines.fraud.update import update_fraud
+        from assay_pipelines.fraud.update import recalibrate_fraud, update_fraud
 
-        return update_fraud(options, reporter) if options.update else run_fraud(options, reporter)
+        run = update_fraud if options.update else recalibrate_fraud if options.recalibrate else run_fraud
+        return run(options, reporter)
     from assay_pipelines.recommend.pipeline import run_recommend
 
     return run_recommend(options, reporter)
@@ -212,7 +216,7 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
     command += ["--name", call.name] if call.name else []
     command += ["--rows", str(call.rows)] if call.rows else []
     command += ["--json"] if call.json else []
-    command += ["--update"] if getattr(call, "update", False) else []
+    command += [f"--{name}" for name in ("update", "recalibrate") if getattr(call, name, False)]
     with tempfile.TemporaryDirectory(prefix="assay-job-") as scratch:
         folder = Path(scratch)
         plan = _plan(call)

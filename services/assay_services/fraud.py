@@ -96,11 +96,10 @@ class FraudScorer:
         else:
             scores = self._model.score(rows)
         hits = [(rule, rule.holds(columns)) for rule in self._rules]
-        lists = {name: np.asarray(column).tolist() for name, column in columns.items()}
+        reasons = None if contribution_NG is None else self._reasons.write(contribution_NG, columns)
         out = []
         for i in range(len(events)):
             held = [rule for rule, holds in hits if holds[i]]
-            reasons = [] if contribution_NG is None else self._reasons.write(contribution_NG[i], lists, i)
             out.append(
                 FraudScore(
                     id=None if events.ids is None else events.ids[i],
@@ -109,17 +108,18 @@ class FraudScorer:
                     threshold=float(scores.decided.threshold[i]),
                     rules=[rule.name for rule in held],
                     base=base,
-                    reasons=[*(rule_reason(rule) for rule in held), *reasons] if explain else [],
+                    reasons=[] if reasons is None else [*(rule_reason(rule) for rule in held), *reasons[i]],
                 )
             )
         if keep_as is not None and self._records is not None:
-            self._records.remember(self._kept(records, lists, out, keep_as))
+            self._records.remember(self._kept(records, columns, out, keep_as))
         return out
 
     def _kept(
-        self, records: list[Record], lists: dict[str, list[Any]], scores: list[FraudScore], model: ModelRef
+        self, records: list[Record], columns: dict[str, Any], scores: list[FraudScore], model: ModelRef
     ) -> dict[str, Record]:
         now_s = time.time()
+        lists = {name: np.asarray(columns[name]).tolist() for name in self._model.feature_names}
         kept = {}
         for i, (record, score) in enumerate(zip(records, scores, strict=True)):
             if score.id is not None:

@@ -61,22 +61,36 @@ class ReasonWriter:
             if isinstance(d, Window) and d.aggregate == "distinct" and d.name in plan.helper_names
         }
 
-    def write(
-        self, contribution_G: NDArray[np.float64], columns: Mapping[str, Sequence[Any]], row: int
+    def write(self, contribution_NG: NDArray[np.float64], columns: Mapping[str, Sequence[Any]]) -> list[list[Reason]]:
+        """Of each row. columns: the model's columns. The contributions of a row add up to all of them."""
+        shares_NK = contribution_NG
+        if len(self._names) < contribution_NG.shape[1]:
+            shares_NK = np.zeros((len(contribution_NG), len(self._names)))
+            np.add.at(shares_NK.T, self._place_G, contribution_NG.T)
+        order_NK = np.argsort(-np.abs(shares_NK), axis=1, kind="stable")[:, :NUM_REASONS]
+        top_NK = np.take_along_axis(shares_NK, order_NK, axis=1)
+        rest_N = shares_NK.sum(axis=1) - top_NK.sum(axis=1)
+        return [
+            self._of_row(places, shares, rest, columns, row)
+            for row, (places, shares, rest) in enumerate(
+                zip(order_NK.tolist(), top_NK.tolist(), rest_N.tolist(), strict=True)
+            )
+        ]
+
+    def _of_row(
+        self, places: list[int], shares: list[float], rest: float, columns: Mapping[str, Sequence[Any]], row: int
     ) -> list[Reason]:
-        """columns: the model's columns. The contributions add up to all of them."""
-        shares = np.bincount(self._place_G, weights=contribution_G, minlength=len(self._names))
-        order = np.argsort(-np.abs(shares), kind="stable")
+        def known(column: str) -> float | str | None:
+            return _plain(columns[column][row])
+
         reasons = []
-        for i in order[:NUM_REASONS]:
-            name = self._names[i]
-            value, share = _plain(columns[self._value_of.get(name, name)][row]), float(shares[i])
-            text = self._text(name, value, share, lambda other: _plain(columns[other][row]))
+        for place, share in zip(places, shares, strict=True):
+            name = self._names[place]
+            value = known(self._value_of.get(name, name))
+            text = self._text(name, value, share, known)
             reasons.append(Reason(feature=name, value=value, contribution=share, text=text))
-        rest = float(shares[order[NUM_REASONS:]].sum())
-        text = f"{len(order[NUM_REASONS:])} other features together {_effect(rest)}"
-        reasons.append(Reason(feature=OTHERS, value=None, contribution=rest, text=text))
-        return reasons
+        text = f"{len(self._names) - len(places)} other features together {_effect(rest)}"
+        return [*reasons, Reason(feature=OTHERS, value=None, contribution=rest, text=text)]
 
     def _text(self, name: str, value: float | str | None, share: float, known: Known) -> str:
         definition = self._definitions.get(name)

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from assay_features.schema import read_schema
 from assay_pipelines.cli import main
 from assay_pipelines.console import Reporter
@@ -436,25 +437,44 @@ def test_the_same_run_as_a_ray_job(
     assert open_registry(home).version_of("fraud-job") == 1
 
 
-def test_the_champion_learns_on_from_what_the_table_has_since(
-    home: Config, files: dict[str, tuple[Path, Path]], ray_session: str
+def test_the_champion_recalibrates_and_learns_on_from_what_the_table_has_since(
+    home: Config, files: dict[str, tuple[Path, Path]], ray_session: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a name of its own, so that the service's champion stays what it is."""
     own = options(home, "fraud", files["fraud"], model_name="fraud-learning", num_held_back=900)
     run_application(own, Reporter())
     registry = open_registry(home)
     before = read_json(registry.download("fraud-learning", 1), "features")
+
+    first = FraudModel.load(registry.download("fraud-learning", 1))
+    drifted = first.changed(calibration=replace(first.calibration, intercept=first.calibration.intercept + 2.0))
+    with monkeypatch.context() as patch:
+        patch.setattr("assay_pipelines.fraud.update.FraudModel.load", lambda _: drifted)
+        moved = run_application(replace(own, num_held_back=0, recalibrate=True), Reporter())
+    assert moved.alias == "champion"
+    assert moved.metrics["ece"] < moved.baselines["champion"]["ece"] / 2
+    second = FraudModel.load(registry.download("fraud-learning", 2))
+    assert second.calibration.intercept < drifted.calibration.intercept - 1.0
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.parts.net.state_dict().values(), second.parts.net.state_dict().values(), strict=True)
+    )
+    assert read_json(registry.download("fraud-learning", 2), "features") == before
+    steady = run_application(replace(own, num_held_back=0, recalibrate=True), Reporter())
+    assert steady.alias == "challenger"
+    assert "no drift" in steady.gate
+
     report = run_application(replace(own, num_held_back=0, update=True), Reporter()).to_dict()
-    assert report["model"]["version"] == 2
+    assert report["model"]["version"] == 4
     assert report["baselines"].keys() == {"champion"}
-    after = read_json(registry.download("fraud-learning", 2), "features")
+    after = read_json(registry.download("fraud-learning", 4), "features")
     assert after["learned_until_us"] > before["learned_until_us"]
     assert after["plan"] == before["plan"]
-    models = [FraudModel.load(registry.download("fraud-learning", number)) for number in (1, 2)]
+    models = [FraudModel.load(registry.download("fraud-learning", number)) for number in (2, 4)]
     sizes = [0 if model.parts.trees is None else len(model.parts.trees) for model in models]
     assert sizes[1] > sizes[0] or sizes == [0, 0]
     assert models[0].feature_names == models[1].feature_names
-    registry.promote("fraud-learning", 2, reason="test")
+    registry.promote("fraud-learning", 4, reason="test")
     with pytest.raises(InputError, match=r"has learned until .* needs at least 10"):
         run_application(replace(own, num_held_back=0, update=True), Reporter())
     anew = run_application(replace(own, num_held_back=0), Reporter())

@@ -15,13 +15,13 @@ from assay_pipelines.fraud.evaluate import auc, entity_overlap
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared
 from assay_pipelines.fraud.report import check_reasons, fraud_report
-from assay_pipelines.fraud.train import DEFAULTS, Copies
-from assay_pipelines.fraud.trees import fit_blend, train_trees, tree_rows, with_worst_forms, worst_forms
+from assay_pipelines.fraud.train import DEFAULTS, FORM_WEIGHT, Copies
+from assay_pipelines.fraud.trees import TreeRows, fit_blend, train_trees, tree_rows, with_worst_forms, worst_forms
 from assay_pipelines.options import RunOptions
 from assay_platform.config import Config
 from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.trees import TreeEnsemble
-from assay_platform.robustness.attacks import EvolutionConfig
+from assay_platform.robustness.attacks import DescentConfig, EvolutionConfig
 
 SCHEMA = """
 kind = "fraud"
@@ -164,6 +164,12 @@ def test_attacks_only_lower_scores_and_defence_keeps_more(data: Prepared) -> Non
     found = adversary.attack(fitted.model, data.validation, np.random.default_rng(0), config, max_attacked=20)
     assert found.num_attacked == 20
     assert found.robust_recall <= found.recall
+    along = adversary.attack(
+        fitted.model, data.validation, np.random.default_rng(0), DescentConfig(num_starts=2, num_steps=3), 20
+    )
+    assert along.recall == found.recall
+    assert along.robust_recall <= along.recall
+    assert along.robust_auc < 1.0
 
 
 def test_worst_forms_are_added_as_frauds(data: Prepared) -> None:
@@ -185,7 +191,19 @@ def test_worst_forms_are_added_as_frauds(data: Prepared) -> None:
     num_frauds = int(rows.labels.sum())
     assert len(more.numbers) == len(rows.numbers) + 2 * num_frauds
     assert more.labels[len(rows.labels) :].all()
+    assert (more.weights[len(rows.labels) :] == FORM_WEIGHT).all()
     assert lowest[0] > 0.1
+
+
+def test_scouts_keep_every_fraud_and_a_part_of_many_honest_rows() -> None:
+    labels = np.arange(100_000) % 50 == 0
+    rows = TreeRows(np.zeros((100_000, 1), np.float32), labels, np.ones(100_000, np.float32))
+    thin = rows.thinned()
+    assert thin.labels.sum() == 2000
+    assert 20_000 < len(thin.labels) < 30_000
+    assert len(thin.weights) == len(thin.labels)
+    few = TreeRows(np.zeros((1000, 1), np.float32), labels[:1000], np.ones(1000, np.float32))
+    assert len(few.thinned().labels) == 1000
 
 
 def test_the_worst_form_is_the_one_that_the_net_finds_harmless() -> None:
@@ -196,6 +214,9 @@ def test_the_worst_form_is_the_one_that_the_net_finds_harmless() -> None:
         return batch.values_NF[:, 0], None
 
     assert copies.worst(net, torch.tensor([0, 1])).values_NF.tolist() == [[1.0], [0.0]]  # type: ignore[arg-type]
+    found = EncodedRows(torch.tensor([[0.5], [7.0]]), torch.zeros(2, 0, dtype=torch.int64))
+    more = copies.and_also([found])
+    assert more.worst(net, torch.tensor([0, 1])).values_NF.tolist() == [[0.5], [0.0]]  # type: ignore[arg-type]
 
 
 def test_a_part_that_does_not_help_gets_next_to_no_weight() -> None:

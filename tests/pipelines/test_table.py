@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from assay_features.definitions import FeaturePlan, Window
 from assay_features.schema import FraudSchema, RecommendSchema
-from assay_pipelines.datasets.table import load_table
+from assay_pipelines.datasets import table
+from assay_pipelines.datasets.table import count_rows, load_newest, load_table
 from assay_platform.errors import DataError
 
 SCHEMA = FraudSchema(
     id="id", timestamp="t", label="y", amount="a", entities=("card",), numeric=("a",), categorical=("kind",)
 )
+PLAN = FeaturePlan((Window(entity="card", aggregate="sum", column="a", length_s=60),))
 GOOD = pd.DataFrame(
     {
         "id": ["1", "2", "3"],
@@ -39,6 +42,33 @@ def test_rows_come_back_in_order_of_time(tmp_path: Path, name: str) -> None:
     assert events.time_us.tolist() == [1_000_000, 2_000_000, 3_000_000]
 
 
+@pytest.mark.parametrize("name", ["events.csv", "events.parquet"])
+def test_the_newest_rows_read_in_chunks_are_those_of_the_whole_table(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_ROWS_A_CHUNK", 7)
+    rng = np.random.default_rng(0)
+    num = 100
+    frame = pd.DataFrame({
+        "id": [f"e{i}" for i in range(num)], "t": rng.integers(0, 60, num), "y": rng.integers(0, 2, num),
+        "card": rng.choice(np.array(["a", "b", None], dtype=object), num), "a": rng.normal(size=num).round(2),
+        "kind": rng.choice(["p", "q"], num),
+    })  # fmt: skip
+    path = written(tmp_path, frame, name)
+    whole, part = load_table(path, SCHEMA), load_newest(path, SCHEMA, PLAN, 30)
+    assert count_rows(path) == num
+    assert part.fingerprint == whole.fingerprint
+    for held, found in ((whole.events.take(slice(num - 30, None)), part.events), (whole.history, part.history)):
+        for one, other in ((held.time_us, found.time_us), (held.ids, found.ids), (held.labels, found.labels)):
+            np.testing.assert_array_equal(one, other)
+        for column, values in found.keys.items():
+            assert values.tolist() == held.keys[column].tolist()
+        for column, values in found.numbers.items():
+            np.testing.assert_array_equal(values, held.numbers[column])
+    assert part.events.keys.keys() == whole.events.keys.keys()
+    assert "kind" not in part.history.keys, "no feature needs it"
+
+
 def with_value(column: str, row: int, value: object) -> pd.DataFrame:
     frame = GOOD.astype(object)
     frame.loc[row, column] = value
@@ -64,10 +94,14 @@ def with_value(column: str, row: int, value: object) -> pd.DataFrame:
         (GOOD.iloc[:0], "has no rows"),
     ],
 )
-def test_a_bad_table_is_named(tmp_path: Path, frame: pd.DataFrame, named: str) -> None:
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_a_bad_table_is_named(
+    tmp_path: Path, frame: pd.DataFrame, named: str, in_chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_ROWS_A_CHUNK", 2)
     path = written(tmp_path, frame)
     with pytest.raises(DataError) as error:
-        load_table(path, SCHEMA)
+        load_newest(path, SCHEMA, PLAN, 3) if in_chunks else load_table(path, SCHEMA)
     assert named in str(error.value)
     assert str(path) in str(error.value)
 

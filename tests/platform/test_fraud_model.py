@@ -71,6 +71,21 @@ def test_a_blend_of_nothing_is_refused(net: float, trees: float) -> None:
         Blend(net=net, trees=trees)
 
 
+def test_slopes_say_what_a_small_change_does(model: FraudModel) -> None:
+    rows = model.encode({name: column[:40] for name, column in columns().items()})  # type: ignore[index]
+    slopes, before = model.net_slopes(rows), model.net_logits(rows)
+    step = torch.tensor([1e-3, 0.0])
+    moved = model.net_logits(rows._replace(values_NF=rows.values_NF + step))
+    found = (moved - before) / 1e-3
+    near = np.abs(found - slopes.numbers[:, 0]) < 0.05 * np.abs(found).max()
+    assert near.mean() > 0.9  # the rest lies beside the edge of a bin or of an expert
+    assert (slopes.numbers[np.isnan(rows.values_NF.numpy()[:, 1]), 1] == 0).all()
+    falls = slopes.codes[0]
+    np.testing.assert_allclose(falls[np.arange(40), rows.codes_NC[:, 0].numpy()], 0.0, atol=1e-6)
+    other = model.net_logits(rows._replace(codes_NC=torch.full_like(rows.codes_NC, 2))) - before
+    assert np.corrcoef(other, falls[:, 2])[0, 1] > 0.8
+
+
 def test_the_reference_row_is_its_own_base_and_contributes_nothing(model: FraudModel) -> None:
     reference = model.parts.reference
     scores, explanation = model.explain(reference)

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 from assay_platform.errors import ConfigError
-from assay_platform.robustness.attacks import EvolutionConfig, evolve, swap_with_donors
+from assay_platform.robustness.attacks import (
+    DescentConfig,
+    EvolutionConfig,
+    Slopes,
+    descend,
+    evolve,
+    swap_with_donors,
+)
 from assay_platform.robustness.constraints import Constraints, FeasibleSet, Transactions
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,6 +126,34 @@ def test_evolution_finds_the_best_feasible_row_and_changes_nothing_else() -> Non
     assert found.num_scores == 50 + 30 * 12 * 50
     again = evolve(score, original, donors, feasible, np.random.default_rng(1), config)
     np.testing.assert_array_equal(again.logits, found.logits)
+
+
+def test_descent_goes_down_slopes_through_feasible_rows_only() -> None:
+    rng = np.random.default_rng(0)
+    original, donors = some(rng, 50), some(rng, 500)
+    original.numbers[:, 0] = 20.0
+    original.keys[:, 0] = "phone"
+    feasible = FeasibleSet.fit(CONSTRAINTS, NUMERIC, KEYS, donors)
+    worth = {"phone": 0.0, "laptop": -5.0}
+
+    def score(rows: np.ndarray, written: Transactions) -> np.ndarray:
+        assert feasible.holds(original.take(rows), written).all(), "only feasible rows are scored"
+        return np.abs(written.numbers[:, 0] - 33.0) + np.array([worth[key] for key in written.keys[:, 0]])
+
+    def slope(rows: np.ndarray, written: Transactions) -> Slopes:
+        numbers = np.zeros(written.numbers.shape)
+        numbers[:, 0] = np.sign(written.numbers[:, 0] - 33.0)
+        falls = [[worth[new] - worth[old] for new in feasible.allowed[0]] for old in written.keys[:, 0]]
+        return Slopes(numbers, (np.array(falls), np.zeros((len(rows), len(feasible.allowed[1])))))
+
+    config = DescentConfig(num_starts=2, num_steps=8)
+    found = descend(score, slope, original, donors, feasible, np.random.default_rng(1), config)
+    np.testing.assert_allclose(found.logits, score(np.arange(50), found.transactions))
+    assert found.logits.max() < -3.5
+    again = descend(score, slope, original, donors, feasible, np.random.default_rng(1), config)
+    np.testing.assert_array_equal(again.logits, found.logits)
+    with pytest.raises(ConfigError, match="num_starts 0"):
+        DescentConfig(num_starts=0)
 
 
 def test_a_row_that_nothing_improves_stays_as_it_is() -> None:

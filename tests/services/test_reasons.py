@@ -16,7 +16,7 @@ def test_every_aggregate_has_words(aggregate: str) -> None:
     more = {"against_s": 86_400} if aggregate == "rate" else {}
     where = Where(column="channel", values=("web",))
     window = Window(entity=("card", "store"), aggregate=aggregate, column="amount", length_s=3600, where=where, **more)  # type: ignore[arg-type]
-    first, rest = ReasonWriter(FeaturePlan((window,)), (window.name,)).write(np.array([0.5]), {window.name: [3.0]}, 0)
+    first, rest = ReasonWriter(FeaturePlan((window,)), (window.name,)).write(np.array([[0.5]]), {window.name: [3.0]})[0]
     assert first.text.endswith("in the last 1h (where channel web); this raises the risk")
     assert "for this card with store" in first.text
     assert rest.contribution == 0.0
@@ -28,7 +28,7 @@ def test_the_numbers_of_a_vector_are_one_reason_with_the_value_of_the_column() -
     names = ("amount", *embedding.names, ratio.name)
     values = {"amount": [5.0], "store": ["s7"], ratio.name: [np.nan], **{name: [0.1] for name in embedding.names}}
     writer = ReasonWriter(FeaturePlan((embedding, ratio)), names)
-    reasons = {r.feature: r for r in writer.write(np.array([0.1, 0.5, -0.2, 0.4, -0.3]), values, 0)}
+    reasons = {r.feature: r for r in writer.write(np.array([[0.1, 0.5, -0.2, 0.4, -0.3]]), values)[0]}
     assert list(reasons) == ["store__embedding", ratio.name, "amount", OTHERS]
     assert reasons["store__embedding"].contribution == pytest.approx(0.7)
     assert reasons["store__embedding"].value == "s7"
@@ -44,14 +44,15 @@ def test_a_value_is_compared_with_the_usual_one_and_a_share_of_fraud_reads_as_on
     frauds, judged, late = "card__fraud__sum__30d", "card__events__count__37d", count
     columns = {share: [0.25, np.nan], count: [7.0, 1.0], "amount": [12.5, 1.0], "shop": ["casino", "grocer"]}
     columns |= {frauds: [3.0, 0.0], judged: [19.0, 1.0], late: [7.0, 1.0]}
-    texts = {r.feature: r.text for r in writer.write(np.array([4.0, 3.0, 2.0, 1.0]), columns, 0)}
+    written = writer.write(np.tile([4.0, 3.0, 2.0, 1.0], (2, 1)), columns)
+    texts = {r.feature: r.text for r in written[0]}
     assert texts[share] == (
         "3 of 12 payments of this card in 30d were reported as fraud, usual is 0 %; this raises the risk"
     )
     assert texts[count] == "7 events for this card in the last 7d, usual is 1; this raises the risk"
     assert texts["shop"] == "shop is casino, usual is grocer; this raises the risk"
     assert texts["amount"] == "amount is 12.5; this raises the risk"
-    later = {r.feature: r.text for r in writer.write(np.array([4.0, 3.0, 2.0, 1.0]), columns, 1)}
+    later = {r.feature: r.text for r in written[1]}
     assert later[share].startswith("no payment of this card in 30d is old enough to be judged")
     assert later[count] == "1 events for this card in the last 7d; this raises the risk"
 
@@ -65,7 +66,7 @@ def test_a_ring_is_told_where_frauds_have_several_cards() -> None:
     columns = {share: [0.75, 0.25], different: [4.0, 1.0]}
     columns |= {names["frauds"]: [6.0, 2.0], names["judged"]: [9.0, 9.0], names["late"]: [1.0, 1.0]}
     writer = ReasonWriter(plan, (share,))
-    texts = [writer.write(np.array([1.0]), columns, row)[0].text for row in (0, 1)]
+    texts = [reasons[0].text for reasons in writer.write(np.ones((2, 1)), columns)]
     assert texts[0] == (
         "6 of 8 payments of this device in 30d were reported as fraud, with 4 different values of card; "
         "this raises the risk"

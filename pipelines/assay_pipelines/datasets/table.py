@@ -6,8 +6,9 @@ without the header) and what is allowed.
 
 import csv
 import hashlib
+import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,19 +25,25 @@ from assay_features.events import Events, Keys, Numbers, Reports, canonical_key,
 from assay_features.schema import FraudSchema, ItemTable, Schema
 from assay_platform.errors import DataError
 from assay_platform.storage import atomic_file
+from numpy.typing import NDArray
 
 # A chunk of a table that is not read at once: so many rows, or one row group if that is larger.
 _ROWS_A_CHUNK = 250_000
+Flags = NDArray[np.bool_]
 _TRUE, _FALSE = {"1", "true"}, {"0", "false"}
 
 
 @dataclass(frozen=True)
 class LoadedTable:
-    """A checked table. fingerprint: SHA-256 of the file, so that a run says which data it saw."""
+    """A checked table. fingerprint: SHA-256 of the file, so that a run says which data it saw.
+
+    history: all rows; of a table that was read in chunks, with no other columns than features need.
+    """
 
     events: Events
     path: Path
     fingerprint: str
+    history: Events
 
 
 def load_table(path: Path, schema: Schema) -> LoadedTable:
@@ -61,8 +68,99 @@ def load_table(path: Path, schema: Schema) -> LoadedTable:
         for name in (schema.user, schema.item):
             _none_missing(keys[name], name, path)
     events = Events(time_us=time_us, keys=keys, numbers=numbers, ids=ids, labels=labels)
-    order = np.argsort(time_us, kind="stable")
-    return LoadedTable(events.take(order), path, _fingerprint(path))
+    events = events.take(np.argsort(time_us, kind="stable"))
+    return LoadedTable(events, path, _fingerprint(path), events)
+
+
+def load_newest(path: Path, schema: FraudSchema, plan: FeaturePlan, num_rows: int) -> LoadedTable:
+    """The newest rows of a table that does not fit into memory, and of all rows what the plan needs, read in chunks.
+
+    Rows that are too old are checked in what the plan needs of them.
+
+    Raises:
+        DataError: the file cannot be read, a column is missing, or a value does not fit.
+    """
+    keys, numbers = plan.inputs((*schema.numbers, schema.label))
+    numbers = tuple(name for name in numbers if name != schema.label)
+    also = [schema.label, *([schema.id] if schema.id else [])]
+    with tempfile.TemporaryDirectory(prefix="assay-table-") as scratch:
+        columns = list(dict.fromkeys([schema.timestamp, *schema.keys, *schema.numbers, *also]))
+        file = _as_parquet(path, columns, Path(scratch))
+        parts, labels, ids = [], [], []
+        for frame in _chunks(file, list(dict.fromkeys([schema.timestamp, *keys, *numbers, *also])), path):
+            parts.append(events_of_frame(frame, path, timestamp=schema.timestamp, keys=keys, numbers=numbers))
+            labels.append(_parsed_labels(frame[schema.label], path))
+            ids += [] if schema.id is None else [_keys(frame[schema.id], path)]
+        if not parts:
+            raise DataError(f"{path}: has no rows")
+        all_labels = _both_classes(np.concatenate(labels), schema.label, path)
+        all_ids = None if schema.id is None else _unique_ids(np.concatenate(ids), schema.id, path)
+        history = replace(_joined(parts), labels=all_labels, ids=all_ids)
+        order = np.argsort(history.time_us, kind="stable")
+        wanted = np.zeros(len(history), dtype=bool)
+        wanted[order[-num_rows:]] = True
+        newest, first = [], 0
+        for frame in _chunks(file, columns, path):
+            chosen = wanted[first : first + len(frame)]
+            first += len(frame)
+            if chosen.any():
+                newest.append(
+                    events_of_frame(
+                        frame[chosen], path, timestamp=schema.timestamp, keys=schema.keys, numbers=schema.numbers
+                    )
+                )
+    events = replace(_joined(newest), labels=all_labels[wanted], ids=None if all_ids is None else all_ids[wanted])
+    events = events.take(np.argsort(events.time_us, kind="stable"))
+    return LoadedTable(events, path, _fingerprint(path), history.take(order))
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a Parquet file, lines after the first of a CSV file (a quoted line break counts too many).
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    _check_file(path)
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            return int(pq.read_metadata(path).num_rows)
+        with path.open("rb") as handle:
+            return max(0, sum(block.count(b"\n") for block in iter(partial(handle.read, 1 << 20), b"")) - 1)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as CSV or Parquet: {error}") from error
+
+
+def _as_parquet(path: Path, columns: list[str], scratch: Path) -> Path:
+    """The file itself, or a CSV file turned into Parquet as text."""
+    try:
+        if path.suffix.lower() not in (".parquet", ".pq"):
+            return _csv_as_parquet(path, columns, scratch / "table.parquet")
+        _require(columns, pq.read_schema(path).names, path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as CSV or Parquet: {error}") from error
+    return path
+
+
+def _chunks(file: Path, columns: list[str], path: Path) -> Iterator[pd.DataFrame]:
+    """Rows of a Parquet file in parts; the index counts the rows of the table."""
+    first = 0
+    try:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(_ROWS_A_CHUNK, columns=columns):
+                frame = batch.to_pandas()
+                frame.index = pd.RangeIndex(first, first + len(frame))
+                first += len(frame)
+                yield frame
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: cannot be read as CSV or Parquet: {error}") from error
+
+
+def _joined(parts: Sequence[Events]) -> Events:
+    return Events(
+        time_us=np.concatenate([p.time_us for p in parts]),
+        keys={name: np.concatenate([p.keys[name] for p in parts]) for name in parts[0].keys},
+        numbers={name: np.concatenate([p.numbers[name] for p in parts]) for name in parts[0].numbers},
+    )
 
 
 def events_of_frame(
@@ -283,7 +381,18 @@ def _times(series: "pd.Series[Any]", path: Path) -> np.ndarray[Any, np.dtype[np.
     return np.asarray(_parse_unique(series, path, timestamp_us), dtype=np.int64)
 
 
-def _labels(series: "pd.Series[Any]", path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _labels(series: "pd.Series[Any]", path: Path) -> Flags:
+    return _both_classes(_parsed_labels(series, path), str(series.name), path)
+
+
+def _both_classes(labels: Flags, column: str, path: Path) -> Flags:
+    if labels.all() or not labels.any():
+        only = "1" if labels.all() else "0"
+        raise DataError(f"{path}: column {column!r} has only the label {only}; both classes are needed")
+    return labels
+
+
+def _parsed_labels(series: "pd.Series[Any]", path: Path) -> Flags:
     def parse(value: Any) -> bool:
         text = str(canonical_key(value)).lower()
         if text in _TRUE or text in _FALSE:
@@ -292,23 +401,22 @@ def _labels(series: "pd.Series[Any]", path: Path) -> np.ndarray[Any, np.dtype[np
             raise ValueError("the label is missing; allowed are 0/1 or true/false")
         raise ValueError(f"{value!r} is not a label; allowed are 0/1 or true/false")
 
-    labels = np.asarray(_parse_unique(series, path, parse), dtype=bool)
-    if labels.all() or not labels.any():
-        only = "1" if labels.all() else "0"
-        raise DataError(f"{path}: column {series.name!r} has only the label {only}; both classes are needed")
-    return labels
+    return np.asarray(_parse_unique(series, path, parse), dtype=bool)
 
 
 def _ids(series: "pd.Series[Any]", path: Path) -> Keys:
-    ids = _keys(series, path)
-    _none_missing(ids, str(series.name), path)
+    return _unique_ids(_keys(series, path), str(series.name), path)
+
+
+def _unique_ids(ids: Keys, column: str, path: Path) -> Keys:
+    _none_missing(ids, column, path)
     repeated = pd.Series(ids).duplicated().to_numpy()
     if repeated.any():
         row = int(repeated.argmax())
         first = int(np.argmax(ids == ids[row]))
         raise _bad(
             path,
-            str(series.name),
+            column,
             row,
             f"id {ids[row]!r} was already used in row {first + 1}; ids must be unique",
         )

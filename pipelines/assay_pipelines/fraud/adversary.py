@@ -15,7 +15,14 @@ from assay_features.row_features import model_columns
 from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudModel
 from assay_platform.models.trees import TreeEnsemble
-from assay_platform.robustness.attacks import EvolutionConfig, evolve, swap_with_donors
+from assay_platform.robustness.attacks import (
+    DescentConfig,
+    EvolutionConfig,
+    Slopes,
+    descend,
+    evolve,
+    swap_with_donors,
+)
 from assay_platform.robustness.constraints import Constraints, FeasibleSet, Transactions
 from assay_platform.robustness.counterfactual import Choices
 from numpy.typing import NDArray
@@ -109,26 +116,37 @@ class Adversary:
         model: FraudModel,
         rows: Rows,
         generator: np.random.Generator,
-        config: EvolutionConfig = GATE_ATTACK,
+        config: EvolutionConfig | DescentConfig = GATE_ATTACK,
         max_attacked: int = _MAX_ATTACKED,
     ) -> Robustness:
-        """Search for the worst forms of the frauds among `rows`, a sample of them, against the whole model."""
+        """Search for the worst forms of the frauds among `rows`, a sample of them, against the whole model; with a
+        `DescentConfig` along the slopes of its net.
+        """
         labels = self._prepared.labels[rows]
         frauds, honest = rows[labels], rows[~labels]
         if len(frauds) > max_attacked:
             frauds = np.sort(generator.choice(frauds, max_attacked, replace=False))
-        found = evolve(
-            lambda which, forms: model.logits(self.encode(frauds[which], forms)),
-            self.transactions(frauds),
-            self._donors(self._prepared.train[~self._prepared.labels[self._prepared.train]], generator),
-            self.feasible,
-            generator,
-            config,
-        )
+        own = self.transactions(frauds)
+        donors = self._donors(self._prepared.train[~self._prepared.labels[self._prepared.train]], generator)
+
+        def score(which: Rows, forms: Transactions) -> NDArray[np.float64]:
+            return model.logits(self.encode(frauds[which], forms))
+
+        def slope(which: Rows, forms: Transactions) -> Slopes:
+            return self._slopes(model, self.encode(frauds[which], forms))
+
+        if isinstance(config, DescentConfig):
+            found = descend(score, slope, own, donors, self.feasible, generator, config)
+        else:
+            found = evolve(score, own, donors, self.feasible, generator, config)
+        return self.judged(model, frauds, honest, found.logits)
+
+    def judged(self, model: FraudModel, frauds: Rows, honest: Rows, attacked: NDArray[np.float64]) -> Robustness:
+        """What attacked logits of frauds come to beside the honest rows as they are."""
         calibration, threshold = model.calibration, model.policy.decline_from
         encoded = self._prepared.rows.rows
         before = calibration.probability(model.logits(encoded.rows(torch.from_numpy(frauds))))
-        after = calibration.probability(found.logits)
+        after = calibration.probability(attacked)
         good = calibration.probability(model.logits(encoded.rows(torch.from_numpy(honest))))
         return Robustness(
             recall=float((before >= threshold).mean()),
@@ -136,6 +154,23 @@ class Adversary:
             robust_auc=auc(np.r_[np.ones(len(after), dtype=bool), np.zeros(len(good), dtype=bool)], np.r_[after, good]),
             num_attacked=len(frauds),
         )
+
+    def _slopes(self, model: FraudModel, encoded: EncodedRows) -> Slopes:
+        """The net's slopes by the columns of transactions; what is not known to move it directly is 0."""
+        encoder, slopes = model.parts.encoder, model.net_slopes(encoded)
+        num_rows = len(encoded.values_NF)
+        numbers = np.column_stack(
+            [np.empty((num_rows, 0)), *(slopes.numbers[:, encoder.numeric.index(name)] for name in self._numeric)]
+        )
+        values = []
+        for name, allowed in zip(self._keys, self.feasible.allowed, strict=True):
+            column = encoder.categorical.index(name) if name in encoder.categorical else -1
+            if column in slopes.codes:
+                code_of = {word: i + 1 for i, word in enumerate(encoder.vocabularies[column])}
+                values.append(slopes.codes[column][:, [code_of.get(value, 0) for value in allowed]])
+            else:
+                values.append(np.zeros((num_rows, len(allowed))))
+        return Slopes(numbers, tuple(values))
 
     def _donors(self, honest: Rows, generator: np.random.Generator) -> Transactions:
         picked = generator.choice(honest, min(len(honest), _MAX_DONORS), replace=False)

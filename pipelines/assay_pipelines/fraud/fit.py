@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from assay_platform.models.calibration import fit_platt
 from assay_platform.models.decisions import Policy
+from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudModel
+from assay_platform.models.trees import TreeEnsemble
 from assay_platform.monitoring.routing import RoutingMonitor
 
 from assay_pipelines.console import Reporter
@@ -133,17 +135,22 @@ def _with_other_forms(
 ) -> tuple[FraudData, TreeRows]:
     """What net and trees are trained on: with an adversary, forms that the frauds among `rows` could have had besides.
 
-    Three rounds for the trees: forms in the clothes of honest payments, then twice what a search finds.
+    Three rounds for the trees: forms in the clothes of honest payments, then twice what a search finds. The net picks
+    the worst of them all at every step.
     """
     if adversary is None:
         return data, tree_rows(data)
     generator = np.random.default_rng(seed)
     copies = adversary.copies(rows, generator)
-    searches: tuple[Search, ...] = (
-        lambda trees: worst_forms(copies, trees),
-        *[lambda trees: adversary.worst_forms(trees, rows, generator)] * NUM_SEARCHES,
-    )
-    return replace(data, copies=copies), with_worst_forms(tree_rows(data), searches, seed=seed, shape=shape)
+    found: list[EncodedRows] = []
+
+    def search(trees: TreeEnsemble) -> EncodedRows:
+        found.append(adversary.worst_forms(trees, rows, generator))
+        return found[-1]
+
+    searches: tuple[Search, ...] = (lambda trees: worst_forms(copies, trees), *[search] * NUM_SEARCHES)
+    forms = with_worst_forms(tree_rows(data), searches, seed=seed, shape=shape)
+    return replace(data, copies=copies.and_also(found)), forms
 
 
 def num_final_epochs(params: Mapping[str, Any], num_rows: int) -> int:

@@ -193,15 +193,22 @@ def _validation_ap(folder: Path, repository: Path, prepared: Prepared, already_l
 
 
 def companions_of(
-    prepared: Prepared, options: RunOptions, *, training: Mapping[str, Any], learned_until_us: int
+    prepared: Prepared,
+    options: RunOptions,
+    *,
+    training: Mapping[str, Any],
+    learned_until_us: int,
+    updated: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """What travels with a model. training: hyperparameters. learned_until_us: time of the newest event learned from."""
+    """What travels with a model. training: hyperparameters. learned_until_us: time of the newest event learned from.
+    updated: whether it learned on after its training.
+    """
     features = {
         "schema": schema_to_dict(prepared.schema),
         "plan": prepared.plan.to_dict(),
         "repository": options.model_name,
         "learned_until_us": learned_until_us,
-        "updated": options.update,
+        "updated": updated,
     }
     return {
         "features": features,

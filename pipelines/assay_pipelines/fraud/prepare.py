@@ -19,13 +19,15 @@ from assay_platform.models.encoding import TabularEncoder, fit_encoder
 from numpy.typing import NDArray
 
 from assay_pipelines.console import Reporter
-from assay_pipelines.datasets.table import LoadedTable, load_table
+from assay_pipelines.datasets.table import LoadedTable, count_rows, load_newest, load_table
 from assay_pipelines.fraud.adversary import Adversary, is_declared
 from assay_pipelines.fraud.features import check_plan, default_plan, model_inputs
 from assay_pipelines.fraud.train import DEFAULTS, FraudData, LabelledRows
 from assay_pipelines.options import RunOptions
 
 _MAX_CATEGORIES = 20_000
+# What is held of a table at once, rows times columns of the model: about 10 GB while trees are trained.
+_MAX_CELLS, _MIN_ROWS = 200_000_000, 100_000
 # A trial sees the newest rows, as many as let a few trials finish within the budget.
 _SEARCH_ROWS_A_SECOND, _MIN_SEARCH_ROWS, _MAX_SEARCH_ROWS = 300, 10_000, 60_000
 _SEARCH_VALIDATION_ROWS = 20_000
@@ -52,15 +54,21 @@ class Prepared:
         columns = _try_without_rows(self.plan, self.schema, self.tables)
         check_rules(options.rules, columns)
         with reporter.stage("load", "Read and check the table") as stage:
-            self.table = load_table(options.table, self.schema)
-            events = self.table.events
-            events = events.take(slice(0, len(events) - options.num_held_back))
-            # With --rows the model sees fewer rows, but each of them keeps its whole history.
-            self.history_events = events
-            if options.max_rows is not None:
-                events = events.take(slice(max(0, len(events) - options.max_rows), None))
-            self.events = events
-            stage.update(1.0, f"{len(events):,} rows")
+            self.table, num_rows = self._read(options)
+            # With fewer rows to learn from, each of them keeps its whole history.
+            self.history_events, self.events = (
+                events.take(slice(0, len(events) - options.num_held_back))
+                for events in (self.table.history, self.table.events)
+            )
+            if num_rows is not None:
+                self.events = self.events.take(slice(max(0, len(self.events) - num_rows), None))
+            stage.update(1.0, f"{len(self.events):,} rows")
+        if len(self.events) < len(self.history_events) and options.max_rows is None:
+            reporter.line(
+                f"the newest {len(self.events):,} of {len(self.history_events):,} rows are learned from, as many as "
+                "memory is meant for; all of them count in the features. --rows N takes another number"
+            )
+        events = self.events
         self.train, self.validation, self.test = time_split(events, self.schema.split, self.table)
         self._check_tables()
         self.columns = self._columns(options, reporter, publish=publish)
@@ -69,6 +77,16 @@ class Prepared:
         self.labels: NDArray[np.bool_] = events.labels
         with reporter.stage("features", "Encode"):
             self._encode(encoder)
+
+    def _read(self, options: RunOptions) -> tuple[LoadedTable, int | None]:
+        """The table, and how many of its rows the model is to see, if not all."""
+        num_columns = sum(map(len, model_inputs(self.schema, self.plan)))
+        limit = max(_MIN_ROWS, _MAX_CELLS // num_columns)
+        num_there = count_rows(options.table)
+        num_rows = options.max_rows or (limit if num_there > limit else None)
+        if num_there <= limit or num_rows is None:
+            return load_table(options.table, self.schema), num_rows
+        return load_newest(options.table, self.schema, self.plan, num_rows + options.num_held_back), num_rows
 
     def _encode(self, encoder: TabularEncoder | None) -> None:
         edges = torch.empty(0)
@@ -95,6 +113,15 @@ class Prepared:
         other.test = np.arange(validation, test)
         other._adversary = None
         other._encode(None)
+        return other
+
+    def until(self, num_rows: int) -> "Prepared":
+        """The same rows encoded alike, of which only the first are there to learn from."""
+        if num_rows >= len(self.train) + len(self.validation):
+            return self
+        other = copy(self)
+        other.train, other.validation = self.train[:num_rows], self.validation[: max(0, num_rows - len(self.train))]
+        other._adversary = None
         return other
 
     def _columns(self, options: RunOptions, reporter: Reporter, *, publish: bool) -> dict[str, Any]:
@@ -148,7 +175,7 @@ class Prepared:
 
     def all_before_test(self) -> FraudData:
         """Train and validation rows together, for the last fit."""
-        both = self.rows.take(slice(0, int(self.test[0])))
+        both = self.rows.take(slice(0, len(self.train) + len(self.validation)))
         return FraudData(encoder=self.data.encoder, edges=self.data.edges, train=both, validation=None)
 
     def search_data(self, budget_s: float) -> FraudData:

@@ -1,6 +1,6 @@
 """Train one fraud net: weighted cross-entropy, balance loss, average precision on validation decides."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,9 @@ from torch import Tensor
 
 _EVALUATION_CHUNK = 8192
 _MIN_BATCH, _MIN_BATCHES = 32, 64
+# What another form of a fraud counts beside the fraud itself. For trees, on a fold of IEEE-CIS: 1 costs 0.028 of
+# average precision and keeps 92 % of recall under attack, 0.5 costs 0.012 and keeps 91 %, 0.25 keeps 85 %.
+FORM_WEIGHT = 0.5
 
 # What a search may vary, and where it starts.
 SPACE: Space = {
@@ -77,6 +80,13 @@ class Copies(NamedTuple):
         """The forms on another device."""
         return Copies(self.rows.to(device), self.of.to(device))
 
+    def and_also(self, forms: Sequence[EncodedRows]) -> "Copies":
+        """One more form of every fraud, in the order of `rows`, from each of `forms`."""
+        parts = zip(self.rows, *forms, strict=True)
+        return self._replace(
+            rows=EncodedRows(*(torch.cat([held, *(f.unsqueeze(1) for f in new)], dim=1) for held, *new in parts))
+        )
+
     def worst(self, net: FraudNet, frauds: Tensor) -> EncodedRows:
         """Of each fraud the form that the net takes for the most harmless."""
         values, codes = self.rows.values_NF[frauds], self.rows.codes_NC[frauds]
@@ -91,7 +101,7 @@ class Copies(NamedTuple):
 class FraudData:
     """What a training needs besides its hyperparameters. Without validation rows the last weights are kept.
 
-    copies: given, training is adversarial: beside each fraud, the worst of its forms counts as another.
+    copies: given, training is adversarial: beside each fraud, the worst of its forms counts as another, but less.
     """
 
     encoder: TabularEncoder
@@ -161,15 +171,18 @@ def train_net(
 
     def loss(part: Tensor) -> Tensor:
         rows, labels = train.take(part)
+        weights = torch.ones(len(part), device=device)
         if copies is not None:
             of = copies.of[part]
             forms = copies.worst(net, of[of >= 0])
             rows = EncodedRows(*(torch.cat(pair) for pair in zip(rows, forms, strict=True)))
             labels = torch.cat([labels, torch.ones(len(forms.values_NF), device=device)])
+            weights = torch.cat([weights, torch.full((len(forms.values_NF),), FORM_WEIGHT, device=device)])
         logits_NK, balance = net.members(net.hidden(net.embed(rows)))
         likelihood = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits_NK, labels.unsqueeze(-1).expand_as(logits_NK), pos_weight=weight, reduction="sum"
-        )
+            logits_NK, labels.unsqueeze(-1).expand_as(logits_NK), weights.unsqueeze(-1), pos_weight=weight,
+            reduction="sum",
+        )  # fmt: skip
         total: Tensor = likelihood / (len(part) * logits_NK.shape[1]) + balance
         return total
 

@@ -17,7 +17,7 @@ from assay_platform.models.trees import TreeEnsemble
 from numpy.typing import NDArray
 
 from assay_pipelines.fraud.evaluate import auc, average_precision
-from assay_pipelines.fraud.train import Copies, FraudData
+from assay_pipelines.fraud.train import FORM_WEIGHT, Copies, FraudData
 
 Floats = NDArray[np.floating]
 Flags = NDArray[np.bool_]
@@ -36,7 +36,7 @@ LARGE: Shape = {"num_leaves": 96, "min_data_in_leaf": 60, "feature_fraction": 0.
 SMALL: Shape = {"num_leaves": 31, "min_data_in_leaf": 30, "feature_fraction": 0.6}
 _MAX_TREES, _PATIENCE = 1200, 80
 _FEW_ROWS = 20_000
-_SCOUT_TREES, _SCOUT_RATE = 150, 0.12
+_SCOUT_TREES, _MORE_SCOUT_TREES, _SCOUT_RATE, _THINNED = 150, 50, 0.12, 4
 _MANY_ROWS = 100_000
 # More rows, a little more to learn from them.
 _REFIT_FACTOR = 1.1
@@ -56,18 +56,28 @@ class TreeRows(NamedTuple):
 
     numbers: NDArray[np.float32]  # (N, F)
     labels: Flags
+    weights: NDArray[np.float32]
 
     def with_forms(self, forms: EncodedRows) -> "TreeRows":
         """Other forms of frauds as further frauds."""
         extra = forms.numbers()
         return TreeRows(
-            np.concatenate([self.numbers, extra]), np.concatenate([self.labels, np.ones(len(extra), dtype=bool)])
+            np.concatenate([self.numbers, extra]),
+            np.concatenate([self.labels, np.ones(len(extra), dtype=bool)]),
+            np.concatenate([self.weights, np.full(len(extra), FORM_WEIGHT, dtype=np.float32)]),
         )
+
+    def thinned(self) -> "TreeRows":
+        """All frauds, and of many honest rows a part: enough to find forms against."""
+        step = max(1, min(_THINNED, int((~self.labels).sum()) // _FEW_ROWS))
+        kept = np.flatnonzero(self.labels | (np.arange(len(self.labels)) % step == 0))
+        return TreeRows(self.numbers[kept], self.labels[kept], self.weights[kept])
 
 
 def tree_rows(data: FraudData) -> TreeRows:
     """The training rows as trees take them."""
-    return TreeRows(data.train.rows.numbers(), data.train.labels.numpy() > 0.5)
+    labels = data.train.labels.numpy() > 0.5
+    return TreeRows(data.train.rows.numbers(), labels, np.ones(len(labels), dtype=np.float32))
 
 
 def choose_shape(rows: TreeRows, held: tuple[Floats, Flags], *, seed: int) -> Shape:
@@ -83,11 +93,17 @@ def choose_shape(rows: TreeRows, held: tuple[Floats, Flags], *, seed: int) -> Sh
 
 def with_worst_forms(rows: TreeRows, searches: Sequence[Search], *, seed: int, shape: Shape = LARGE) -> TreeRows:
     """The rows, and of each fraud the forms that every search finds most harmless to small trees: the first search to
-    trees that saw no other forms, each later one to trees that saw what was found before.
+    trees that saw no other forms, each later one to the same and some more that saw what was found before.
     """
+    known, scout = rows.thinned(), None
     for search in searches:
-        scout = train_trees(rows, seed=seed, num_trees=_SCOUT_TREES, learning_rate=_SCOUT_RATE, shape=shape).trees
-        rows = rows.with_forms(search(scout))
+        num_trees = _SCOUT_TREES if scout is None else _MORE_SCOUT_TREES
+        more = train_trees(
+            known, seed=seed, num_trees=num_trees, learning_rate=_SCOUT_RATE, shape=shape, after=scout
+        ).trees
+        scout = more if scout is None else scout.followed_by(more)
+        found = search(scout)
+        known, rows = known.with_forms(found), rows.with_forms(found)
     return rows
 
 
@@ -123,7 +139,8 @@ def train_trees(
             reached = "" if held is None else f", validation AP {env.evaluation_result_list[0][2]:.3f}"
             on_progress(env.iteration / most, f"{env.iteration} trees{reached}")
 
-    data = lgb.Dataset(rows.numbers, rows.labels, init_score=None if after is None else after.logits(rows.numbers))
+    start = None if after is None else after.logits(rows.numbers)
+    data = lgb.Dataset(rows.numbers, rows.labels, weight=rows.weights, init_score=start)
     callbacks: list[Any] = [progress]
     if held is not None:
         callbacks.append(lgb.early_stopping(_PATIENCE, verbose=False))

@@ -1,4 +1,5 @@
-"""Learning on: a model takes in what was labelled since it was trained, at a fraction of what training costs.
+"""Learning on: a model takes in what was labelled since it was trained, at a fraction of what training costs; or its
+probabilities alone move to what was reported since.
 
 Some trees follow those there are, the net makes one careful pass, both over the new rows and as many older ones, so
 that what was learned stays. Calibration and thresholds move to where rows show them to be that the model had not seen.
@@ -8,8 +9,9 @@ Features of reported frauds need no update, they are new in every score; online 
 # N rows
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from assay_platform.models.artifact import read_json
 from assay_platform.models.calibration import fit_platt
 from assay_platform.models.decisions import DecisionSettings, Policy
 from assay_platform.models.fraud import FraudModel
-from assay_platform.tracking import CHAMPION
+from assay_platform.tracking import CHAMPION, GateReport
+from numpy.typing import NDArray
 
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.adversary import Adversary
@@ -105,15 +108,54 @@ def update_model(
     return model.changed(net=net, trees=trees)
 
 
-def calibrated(model: FraudModel, rows: LabelledRows, settings: DecisionSettings) -> FraudModel:
+def calibrated(
+    model: FraudModel, rows: LabelledRows, settings: DecisionSettings, *, min_frauds: int = _MIN_FRAUDS
+) -> FraudModel:
     """The model with calibration and thresholds of these rows, which it has not seen, if they hold enough frauds."""
     labels = rows.labels.numpy() > 0.5
-    if labels.sum() < _MIN_FRAUDS or labels.all():
+    if labels.sum() < min_frauds or labels.all():
         return model
     logits = model.logits(rows.rows)
     calibration = fit_platt(logits, labels)
     policy = Policy.fit(settings, calibration.probability(logits), labels)
     return model.changed(calibration=calibration, policy=policy)
+
+
+class _Champion(NamedTuple):
+    """The model that serves, and what came since it learned."""
+
+    model: FraudModel
+    number: int
+    companion: dict[str, Any]
+    training: dict[str, Any]
+    options: RunOptions  # with its schema, plan and rules
+    prepared: Prepared
+    old: Rows
+    first: Rows  # three quarters of what is new and whose labels are final
+    rest: Rows
+
+
+def _champion(options: RunOptions, reporter: Reporter) -> _Champion:
+    """Load it, and the table by its encoder.
+
+    Raises:
+        InputError: there is no champion, or too little is new, or the schema is another one.
+    """
+    registry = open_registry(options.config)
+    number = registry.version_of(options.model_name, CHAMPION)
+    if number is None:
+        raise InputError(f"{options.model_name!r} has no champion to learn on; run in full first")
+    folder = registry.download(options.model_name, number)
+    model, companion = FraudModel.load(folder), read_json(folder, "features")
+    schema, until_us = schema_from_dict(companion["schema"]), companion.get("learned_until_us")
+    if until_us is None or not isinstance(schema, FraudSchema):
+        raise InputError(f"{options.model_name} version {number} does not say what it has learned; run in full")
+    schema, training = _same_schema(schema, options), read_json(folder, "training")
+    rules = rules_from_dict(read_json(folder, "rules"))
+    options = replace(options, schema=schema, plan=FeaturePlan.from_dict(companion["plan"]), rules=rules)
+    # What the champion reads online is the service's to keep: it has events that no table has yet.
+    prepared = Prepared(options, reporter, publish=False, encoder=model.parts.encoder)
+    return _Champion(model, number, companion, training, options, prepared, *_new_rows(prepared, int(until_us), schema))
 
 
 def update_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
@@ -127,45 +169,24 @@ def update_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         InputError: there is no champion, or too little is new, or the schema is another one.
         DataError: what is new is of one class.
     """
-    registry = open_registry(options.config)
-    number = registry.version_of(options.model_name, CHAMPION)
-    if number is None:
-        raise InputError(f"{options.model_name!r} has no champion to learn on; run once without --update")
-    folder = registry.download(options.model_name, number)
-    champion, companion = FraudModel.load(folder), read_json(folder, "features")
-    schema, until_us = schema_from_dict(companion["schema"]), companion.get("learned_until_us")
-    if until_us is None or not isinstance(schema, FraudSchema):
-        raise InputError(
-            f"{options.model_name} version {number} does not say what it has learned; run without --update"
-        )
-    schema, training = _same_schema(schema, options), read_json(folder, "training")
-    rules = rules_from_dict(read_json(folder, "rules"))
-    options = replace(options, schema=schema, plan=FeaturePlan.from_dict(companion["plan"]), rules=rules)
-    # What the champion reads online is the service's to keep: it has events that no table has yet.
-    prepared = Prepared(options, reporter, publish=False, encoder=champion.parts.encoder)
-    old, learned, deciding = _new_rows(prepared, int(until_us), schema)
-    new, labels = np.concatenate([learned, deciding]), prepared.labels
+    held = _champion(options, reporter)
+    prepared, adversary, deciding = held.prepared, held.prepared.adversary(), held.rest
+    new = np.concatenate([held.first, deciding])
 
     def updated(rows: Rows) -> FraudModel:
         return update_model(
-            champion, prepared.rows, new=rows, old=old, training=training, seed=options.seed,
-            adversary=prepared.adversary(),
+            held.model, prepared.rows, new=rows, old=held.old, training=held.training, seed=options.seed,
+            adversary=adversary,
         )  # fmt: skip
 
-    # Not that of a full run, which measures by other rows.
-    fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:update"
-    with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
+    with _tracked(held, reporter, "update") as run:
         with reporter.stage("train", "Learn from the new events") as stage:
             unseen = prepared.rows.take(torch.from_numpy(deciding))
-            candidate, held = calibrated(updated(learned), unseen, schema.decisions), unseen.rows
-            sides = {}
-            for name, model in (("candidate", candidate), ("champion", champion)):
-                threshold = model.policy.decline_from
-                sides[name] = fraud_metrics(model.score(held).probability, labels[deciding], threshold=threshold)
+            candidate = calibrated(updated(held.first), unseen, _decisions(held))
+            sides = _sides(held, candidate)
             reached = {name: metrics["average_precision"] for name, metrics in sides.items()}
             stage.update(1.0, f"AP {reached['candidate']:.4f}, the champion's {reached['champion']:.4f}")
         robustness = None
-        adversary = prepared.adversary()
         if adversary is not None:
             with reporter.stage("attack", "Attack the new frauds") as stage:
                 robustness = adversary.attack(candidate, deciding, np.random.default_rng(options.seed))
@@ -174,40 +195,141 @@ def update_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             metric="average_precision",
             candidate=reached["candidate"],
             champion=reached["champion"],
-            champion_version=number,
+            champion_version=held.number,
             baselines={"champion": sides["champion"]},
             expected_baselines=("champion",),
             calibration_error=sides["candidate"]["ece"],
-            tolerated_error=tolerated_calibration_error(candidate.score(held).probability, seed=0),
+            tolerated_error=tolerated_calibration_error(candidate.score(unseen.rows).probability, seed=0),
             recall=None if robustness is None else robustness.recall,
             robust_recall=0.0 if robustness is None else robustness.robust_recall,
         )
         with reporter.stage("refit", "Learn from all new events"):
             final = updated(new).changed(calibration=candidate.calibration, policy=candidate.policy)
-        companions = companions_of(
-            prepared, options, training=training, learned_until_us=int(prepared.events.time_us[new[-1]])
+        until_us = int(prepared.events.time_us[new[-1]])
+        return _registered(held, reporter, run, final, gate, sides, learned_until_us=until_us, updated=True)
+
+
+def recalibrate_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
+    """The champion as it is, with calibration and thresholds of what was reported since it learned.
+
+    Fitted on three quarters of the new events, judged by the likelihood of the rest. Where the gain is within chance,
+    probabilities have not drifted, and the new version stays a challenger. What is registered is fitted on all.
+
+    Raises:
+        InputError: there is no champion, or too little is new, or the schema is another one.
+    """
+    held = _champion(options, reporter)
+    prepared = held.prepared
+    first, rest, both = (
+        prepared.rows.take(torch.from_numpy(rows))
+        for rows in (held.first, held.rest, np.concatenate([held.first, held.rest]))
+    )
+    if both.labels.sum() < _MIN_FRAUDS:
+        raise InputError(
+            f"{options.table}: {int(both.labels.sum())} frauds were reported since the champion learned; {_MIN_FRAUDS} "
+            "are needed to say where its probabilities belong"
         )
-        version, alias = register_version(
-            options,
-            reporter,
-            run,
-            registry,
-            save=lambda target: final.save(target, companions),
-            signature=signature_of(prepared),
-            gate=gate,
-            metrics=sides["candidate"],
+    with _tracked(held, reporter, "recalibrate") as run:
+        with reporter.stage("train", "Calibrate on the new events") as stage:
+            candidate = calibrated(held.model, first, _decisions(held), min_frauds=_MIN_DECIDING)
+            labels = rest.labels.numpy() > 0.5
+            rate = float(np.clip(labels.mean(), 1e-9, 1 - 1e-9))
+            base = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+            losses = {
+                name: _log_losses(model.score(rest.rows).probability, labels)
+                for name, model in (("candidate", candidate), ("champion", held.model))
+            }
+            sides = _sides(held, candidate)
+            gained = {name: 1.0 - float(loss.mean()) / base for name, loss in losses.items()}
+            for name, value in gained.items():
+                sides[name]["relative_information_gain"] = value
+            stage.update(1.0, f"ECE {sides['candidate']['ece']:.4f}, the champion's {sides['champion']['ece']:.4f}")
+        better = losses["champion"] - losses["candidate"]
+        chance = 2.0 * float(better.std()) / len(better) ** 0.5
+        gate = check_candidate(
+            metric="relative_information_gain",
+            candidate=gained["candidate"],
+            champion=gained["champion"],
+            champion_version=held.number,
             baselines={"champion": sides["champion"]},
+            expected_baselines=("champion",),
+            calibration_error=sides["candidate"]["ece"],
+            tolerated_error=tolerated_calibration_error(candidate.score(rest.rows).probability, seed=0),
+            also_failed=()
+            if better.mean() > chance
+            else (f"no drift: log loss falls by {better.mean():.2e} a row, within chance ({chance:.1e})",),
         )
+        final = calibrated(held.model, both, _decisions(held))
+        return _registered(
+            held, reporter, run, final, gate, sides,
+            learned_until_us=int(held.companion["learned_until_us"]), updated=bool(held.companion.get("updated")),
+        )  # fmt: skip
+
+
+def _decisions(held: _Champion) -> DecisionSettings:
+    assert isinstance(held.options.schema, FraudSchema)
+    return held.options.schema.decisions
+
+
+def _log_losses(probability: NDArray[np.float64], labels: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(N,) what each row's label costs."""
+    told = np.clip(np.where(labels, probability, 1 - probability), 1e-12, 1.0)
+    return np.asarray(-np.log(told))
+
+
+def _sides(held: _Champion, candidate: FraudModel) -> dict[str, dict[str, float]]:
+    """What candidate and champion come to on the deciding rows."""
+    rows, labels = held.prepared.rows.rows.rows(torch.from_numpy(held.rest)), held.prepared.labels[held.rest]
+    return {
+        name: fraud_metrics(model.score(rows).probability, labels, threshold=model.policy.decline_from)
+        for name, model in (("candidate", candidate), ("champion", held.model))
+    }
+
+
+def _tracked(held: _Champion, reporter: Reporter, kind: str) -> AbstractContextManager[Any]:
+    """A run of its own: a full one measures by other rows."""
+    prepared = held.prepared
+    fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:{kind}"
+    return tracked_run(held.options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version)
+
+
+def _registered(
+    held: _Champion,
+    reporter: Reporter,
+    run: Any,
+    final: FraudModel,
+    gate: GateReport,
+    sides: dict[str, dict[str, float]],
+    *,
+    learned_until_us: int,
+    updated: bool,
+) -> RunReport:
+    options, prepared = held.options, held.prepared
+    companions = companions_of(
+        prepared, options, training=held.training, learned_until_us=learned_until_us, updated=updated
+    )
+    baselines = {"champion": sides["champion"]}
+    version, alias = register_version(
+        options,
+        reporter,
+        run,
+        open_registry(options.config),
+        save=lambda target: final.save(target, companions),
+        signature=signature_of(prepared),
+        gate=gate,
+        metrics=sides["candidate"],
+        baselines=baselines,
+    )
     return RunReport(
         application="fraud",
         data=options.data,
-        rows=len(new),
+        rows=len(held.first) + len(held.rest),
         model_name=options.model_name,
         version=version,
         alias=alias,
         gate=gate.summary,
         metrics=sides["candidate"],
-        baselines={"champion": sides["champion"]},
+        baselines=baselines,
         timings_s=reporter.timings_s,
         mlflow_run_id=run.run_id,
     )
@@ -223,7 +345,7 @@ def _same_schema(known: FraudSchema, options: RunOptions) -> FraudSchema:
     assert isinstance(asked, FraudSchema)
     for name, value in schema_to_dict(replace(known, decisions=asked.decisions, split=asked.split)).items():
         if schema_to_dict(asked).get(name) != value:
-            raise InputError(f"the schema's {name} is not what the champion was trained with; run without --update")
+            raise InputError(f"the schema's {name} is not what the champion was trained with; run in full")
     if known.label_delay_days is None:
         raise InputError("the schema has no [labels] delay_days, so nobody knows which labels are final; 0 is allowed")
     return replace(known, decisions=asked.decisions)

@@ -9,8 +9,10 @@ Nothing is dropped and nothing is padded by the caller. Three forms of one signa
 
 # T rows, K chosen, D model width, H hidden width, E experts, F = 2 H: gate columns, then up columns
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import silu
 
 _COMPILED_ROWS = 128  # from here on BLAS is faster (measured on two cores of a Zen 3: 1.4 ms both)
@@ -62,9 +64,9 @@ def fits_compiled(x_TD: Tensor) -> bool:
     return _is_small(x_TD) and not torch.is_grad_enabled()
 
 
-def fits_compiled_layer(x_TD: Tensor, layer: nn.Module) -> bool:
-    """The same for router and experts in one call, which has gradients for the rows, though not for weights."""
-    return _is_small(x_TD) and not (torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()))
+def fits_compiled_layer(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
+    """The same for router and experts in one call, which has gradients for the rows, though not for its weights."""
+    return _is_small(x_TD) and not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
 
 
 def _is_small(x_TD: Tensor) -> bool:

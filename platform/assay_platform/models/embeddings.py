@@ -111,3 +111,8 @@ class CategoricalEmbedding(nn.Module):
         """Embed a batch of codes."""
         embedded: Tensor = self.table(codes_NC + self.offset_C)
         return embedded
+
+    def column(self, place: int, cardinality: int) -> Tensor:
+        """(cardinality, P) the vectors of one column."""
+        start = int(self.offset_C[place])
+        return self.table.weight[start : start + cardinality]

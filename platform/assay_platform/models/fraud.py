@@ -106,6 +106,13 @@ class Blend:
             raise ConfigError(f"blend of net {self.net} and trees {self.trees}: need 0 or more, and one above 0")
 
 
+class NetSlopes(NamedTuple):
+    """How the net's logit changes from N rows, to first order."""
+
+    numbers: NDArray[np.float64]  # (N, F) by one unit of a number; 0 where it is missing
+    codes: dict[int, NDArray[np.float64]]  # categorical column that has vectors → (N, its codes), by taking the code
+
+
 class FraudScores(NamedTuple):
     """Scores of a batch."""
 
@@ -190,6 +197,22 @@ class FraudModel:
                 for start in range(0, len(rows.values_NF), _SCORING_CHUNK)
             ]
         return torch.cat(parts).double().numpy() if parts else np.empty(0)
+
+    def net_slopes(self, rows: EncodedRows) -> NetSlopes:
+        """Gradients of the net's logits, for whoever attacks it. Trees have none."""
+        net, sizes = self._net, self.parts.encoder.cardinalities
+        with torch.enable_grad():
+            values_NF = rows.values_NF.detach().requires_grad_(True)
+            embedded_NGP = net.embed(EncodedRows(values_NF, rows.codes_NC))
+            total = net.logits(net.hidden(embedded_NGP)).sum()
+            numbers_NF, slope_NGP = torch.autograd.grad(total, (values_NF, embedded_NGP))
+        codes = {}
+        for place, column in enumerate(net.embedded):
+            vectors = net.categorical.column(place, sizes[column])
+            slope_NP = slope_NGP[:, len(self.parts.encoder.numeric) + place]
+            own_N = (slope_NP * vectors[rows.codes_NC[:, column]]).sum(-1, keepdim=True)
+            codes[column] = (slope_NP @ vectors.T - own_N).double().numpy()
+        return NetSlopes(numbers_NF.nan_to_num().double().numpy(), codes)
 
     def logits(self, rows: EncodedRows) -> NDArray[np.float64]:
         """Blended, uncalibrated logits."""

@@ -67,6 +67,7 @@ class MoELayer(nn.Module):
         self._check_capacity(list(self.pool))
         self.fences: Fences | None = None
         self._compiled: CompiledLayer | Literal[False] | None = None  # False: not of the kind
+        self._weights: tuple[nn.Parameter, ...] = ()  # as long as there is a compiled form
         self._name = name
         self.register_load_state_dict_pre_hook(MoELayer._take_shape)  # type: ignore[no-untyped-call]
 
@@ -80,10 +81,13 @@ class MoELayer(nn.Module):
         return self._run(x_ND) if self.fences is None or self.training else self._run_guarded(x_ND, self.fences)
 
     def _run(self, x_ND: Tensor, allowed_E: Tensor | None = None) -> LayerOutput:
-        if allowed_E is None and not self.training and self.capacity is None and fits_compiled_layer(x_ND, self):
-            compiled = self._compiled
+        compiled = self._compiled
+        # Looking for a layer's weights takes longer than a row does.
+        weights = self._weights if compiled is not None else tuple(self.parameters())
+        if allowed_E is None and not self.training and self.capacity is None and fits_compiled_layer(x_ND, weights):
             if compiled is None:
-                compiled = self._compiled = self._compile()
+                compiled, self._weights = self._compile(), weights
+                self._compiled = compiled
             if compiled:
                 y_ND, expert_NK, gate_NK = compiled(x_ND)
                 return LayerOutput(y_ND, _NOTHING, Routing(expert_NK, gate_NK, _NOTHING.expand(len(x_ND), 0)), 0.0)
@@ -115,7 +119,7 @@ class MoELayer(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}  # it looks at the weights of this one
+        return {**self.__dict__, "_compiled": None, "_weights": ()}  # it looks at the weights of this one
 
     # -------------------------------------------------------------------------------------------- failing experts
 

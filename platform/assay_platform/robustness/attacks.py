@@ -1,9 +1,9 @@
 """Searches for a feasible transaction that a model scores lower.
 
 `evolve` needs nothing but scores, so it works on whatever is deployed: trees, a net, a blend, with features looked up
-anew for every candidate. `GradientSearch` needs a net: it descends the logit along its numbers and takes the category
-whose embedding points down, from several starts. Both only ever propose feasible rows, and both return the row itself
-if they find nothing better. Training uses `swap_with_donors` alone, which is weaker than either.
+anew for every candidate. `descend` also needs slopes, which a net has: it goes down along its numbers and takes the
+categories whose embeddings point down, from several starts. Both only ever propose feasible rows, and both return the
+row itself if they find nothing better. Training uses `swap_with_donors` and a short `evolve`.
 """
 
 # N rows, P candidates a row, F numeric columns, C key columns
@@ -20,6 +20,17 @@ from assay_platform.robustness.constraints import FeasibleSet, Transactions
 
 # Row numbers (M,) and their changed form → logits (M,). The numbers say which event each candidate is a form of.
 Score = Callable[[NDArray[np.intp], Transactions], NDArray[np.float64]]
+
+
+class Slopes(NamedTuple):
+    """Where the logits of M forms fall, to first order."""
+
+    numbers: NDArray[np.float64]  # (M, F) dlogit / dnumber
+    values: tuple[NDArray[np.float64], ...]  # of each key column (M, allowed values): what taking the value would add
+
+
+# The same arguments as `Score`.
+Slope = Callable[[NDArray[np.intp], Transactions], Slopes]
 
 
 class Attacked(NamedTuple):
@@ -44,6 +55,18 @@ class EvolutionConfig:
                 f"num_generations {self.num_generations}, population {self.population}, num_elite {self.num_elite}: "
                 "each must be at least 1, and the elite no larger than the population"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescentConfig:
+    """num_starts: the row itself, then the row in the clothes of donors. num_steps: from each."""
+
+    num_starts: int = 4
+    num_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.num_starts < 1 or self.num_steps < 1:
+            raise ConfigError(f"num_starts {self.num_starts}, num_steps {self.num_steps}: each must be at least 1")
 
 
 def swap_with_donors(
@@ -94,6 +117,65 @@ def evolve(
         num_scores += logits.size
         elite = _best([*elite, *zip(children, logits, strict=True)], config.num_elite)
     return Attacked(*_best(elite, 1)[0], num_scores)
+
+
+def descend(
+    score: Score,
+    slope: Slope,
+    original: Transactions,
+    donors: Transactions,
+    feasible: FeasibleSet,
+    generator: np.random.Generator,
+    config: DescentConfig = DescentConfig(),
+) -> Attacked:
+    """Projected gradient descent with restarts (Madry et al., arXiv:1706.06083), over numbers and categories at once.
+
+    A step moves every number by a share of its range against the sign of its slope, and takes in some columns, or in
+    all, the category of the steepest fall; of these forms the one with the lowest score is gone on from. `score` may be
+    of a larger model than `slope` is, such as a blend whose net has slopes and whose trees have none.
+    """
+    rows = np.arange(len(original.numbers))
+    best = [(original, score(rows, original))]
+    num_scores = len(rows)
+    low, high = feasible.limits(original)
+    span = np.where(feasible.movable_F & np.isfinite(high - low), high - low, 0.0)
+    for start in range(config.num_starts):
+        at, reached = best[0]
+        if start:
+            at = swap_with_donors(original, donors, feasible, generator, share=0.5)
+            reached = score(rows, at)
+            num_scores += len(rows)
+        for step in range(config.num_steps):
+            slopes, size = slope(rows, at), 0.5 ** (1 + 4 * step / config.num_steps)
+            numbers = at.numbers - size * span * np.sign(slopes.numbers)
+            moved = [
+                feasible.repair(original, Transactions(numbers, _fallen(at.keys, slopes, feasible, generator, share)))
+                for share in (0.5, 1.0)
+            ]
+            scored = [(form, score(rows, form)) for form in moved]
+            num_scores += len(rows) * len(moved)
+            [(at, reached)] = _best([(at, reached), *scored], 1)
+        best = _best([*best, (at, reached)], 1)
+    return Attacked(*best[0], num_scores)
+
+
+def _fallen(
+    keys: NDArray[np.object_], slopes: Slopes, feasible: FeasibleSet, generator: np.random.Generator, share: float
+) -> NDArray[np.object_]:
+    """Each movable category replaced, with a chance of `share`, by the one of the steepest fall; where none falls or
+    nothing is known, by any.
+    """
+    keys = keys.copy()
+    for c in np.flatnonzero(feasible.movable_C):
+        if not feasible.allowed[c]:
+            continue
+        allowed, falls = np.array(feasible.allowed[c], dtype=object), slopes.values[c]
+        steepest = falls.argmin(axis=1)
+        known = falls[np.arange(len(keys)), steepest] < 0
+        taken = np.where(known, steepest, generator.integers(0, len(allowed), len(keys)))
+        chosen = generator.random(len(keys)) < share
+        keys[chosen, c] = allowed[taken[chosen]]
+    return keys
 
 
 def _child(
