@@ -262,6 +262,12 @@ def test_a_payment_is_scored_while_an_expert_is_lost_and_operators_see_it(model:
 
     rows = model.encode(columns())
     healthy = model.score(rows).probability
+
+    def base_is_the_reference() -> bool:
+        return bool(np.isclose(sigmoid(np.array(model.explain(rows)[1].base)), model.score(reference).probability[0]))
+
+    reference = model.parts.reference
+    assert base_is_the_reference()
     metrics = ServiceMetrics()
     metrics.watch_experts(lambda: {"fraud": model.fences})
     assert 'assay_experts_fenced{application="fraud",layer="0"} 0.0' in metrics.render().decode()
@@ -276,12 +282,14 @@ def test_a_payment_is_scored_while_an_expert_is_lost_and_operators_see_it(model:
     np.testing.assert_allclose(scores.probability, model.score(rows).probability, atol=1e-5)
     lost = [fence.expert for fence in model.fences[0].fenced()]
     assert lost
+    assert base_is_the_reference()
     text = metrics.render().decode()
     assert f'assay_experts_fenced{{application="fraud",layer="0"}} {len(lost)}.0' in text
     assert f'assay_expert_failures_total{{application="fraud",layer="0"}} {len(lost)}.0' in text
     for expert in range(3):
         layer.restore(expert, weights[expert])
     np.testing.assert_array_equal(model.score(rows).probability, healthy)
+    assert base_is_the_reference()
 
 
 @settings(max_examples=50, deadline=None)

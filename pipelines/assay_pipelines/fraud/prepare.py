@@ -69,7 +69,9 @@ class Prepared:
                 "memory is meant for; all of them count in the features. --rows N takes another number"
             )
         events = self.events
-        self.train, self.validation, self.test = time_split(events, self.schema.split, self.table)
+        self.train, self.validation, self.test = time_split(events, self.schema.split)
+        if encoder is None:
+            _check_classes((self.train, self.validation, self.test), events, self.table)
         self._check_tables()
         self.columns = self._columns(options, reporter, publish=publish)
         self.numeric, self.categorical = model_inputs(self.schema, self.plan)
@@ -157,9 +159,11 @@ class Prepared:
 
     def _check_tables(self) -> None:
         """No vector may have learned from labels that this run measures with."""
-        newest_us = int(self.events.time_us[self.train[-1]])
         for embedding in self.plan.embeddings:
-            learned_us = self.tables[embedding.table].learned_until_us
+            learned_us, newest_us = (
+                self.tables[embedding.table].learned_until_us,
+                int(self.events.time_us[self.train[-1]]),
+            )
             if learned_us > newest_us:
                 raise InputError(
                     f"feature plan: {as_code(embedding)} was learned from events up to {_moment(learned_us)}, but the "
@@ -245,15 +249,15 @@ def _try_without_rows(plan: FeaturePlan, schema: FraudSchema, tables: dict[str, 
     return model_columns(plan, nothing, {name: np.empty(0) for name in plan.numeric_names}, tables)
 
 
-def time_split(events: Events, split: Split, table: LoadedTable) -> tuple[Rows, Rows, Rows]:
-    """Row numbers of the three parts in order of time.
-
-    Raises:
-        DataError: a part has no rows of one class.
-    """
+def time_split(events: Events, split: Split) -> tuple[Rows, Rows, Rows]:
+    """Row numbers of the three parts in order of time."""
     num_rows = len(events)
     bounds = [0, int(num_rows * split.train), int(num_rows * (split.train + split.validation)), num_rows]
-    parts = [np.arange(a, b) for a, b in pairwise(bounds)]
+    train, validation, test = (np.arange(a, b) for a, b in pairwise(bounds))
+    return train, validation, test
+
+
+def _check_classes(parts: tuple[Rows, Rows, Rows], events: Events, table: LoadedTable) -> None:
     assert events.labels is not None
     for name, rows in zip(("train", "validation", "test"), parts, strict=True):
         positives = int(events.labels[rows].sum())
@@ -262,7 +266,6 @@ def time_split(events: Events, split: Split, table: LoadedTable) -> tuple[Rows, 
                 f"{table.path}: split by time, the {name} part has {len(rows)} rows of which {positives} are "
                 "positive; every part needs both classes. Bring more rows or change [split]."
             )
-    return parts[0], parts[1], parts[2]
 
 
 def as_slice(rows: Rows) -> slice:

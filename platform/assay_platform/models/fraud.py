@@ -8,7 +8,6 @@ decision policy and reference row, saved and loaded as an artifact.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +25,7 @@ from assay_platform.models.encoding import Columns, EncodedRows, TabularEncoder
 from assay_platform.models.explain import Origin, integrated_gradients
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.moe import Backbone, BackboneConfig
+from assay_platform.moe.fences import Fence
 
 _SCORING_CHUNK = 8192
 
@@ -152,6 +152,7 @@ class FraudModel:
         self.parts = parts
         self._net = parts.net.eval().requires_grad_(False)
         self._trees = parts.trees if parts.blend.trees else None
+        self._known_origin: tuple[tuple[Fence, ...], Origin] | None = None
         self.fences = parts.net.backbone.guard()  # an expert that fails is left out, the others answer
 
     @property
@@ -250,12 +251,15 @@ class FraudModel:
         probability = sigmoid(explanation.base + explanation.contribution_NG.sum(axis=1))
         return self._decided(probability, rows), explanation
 
-    @cached_property
+    @property
     def _origin(self) -> Origin:
-        """Where explanations of the net start."""
-        with torch.no_grad():
-            reference_GP = self._net.embed(self.parts.reference)[0]
-        return Origin.of(self._net.hidden, self._net.logits, reference_GP)
+        """Where explanations of the net start; another place as long as experts are fenced off."""
+        fenced = tuple(fence for fences in self.fences for fence in fences.fenced())
+        if self._known_origin is None or self._known_origin[0] != fenced:
+            with torch.no_grad():
+                reference_GP = self._net.embed(self.parts.reference)[0]
+            self._known_origin = fenced, Origin.of(self._net.hidden, self._net.logits, reference_GP)
+        return self._known_origin[1]
 
     def _decided(self, probability: NDArray[np.float64], rows: EncodedRows) -> FraudScores:
         amount = None
