@@ -299,12 +299,13 @@ def _read_component(components: Ints, m: int, state: Floats, newest_slot: int, o
     kind, start, stride = components[m, 1], components[m, 2], components[m, 3]
     total = np.inf if kind == MIN else -np.inf if kind == MAX else 0.0
     mean, spread = 0.0, 0.0
-    # Older tiles lie before `place` in the ring, then from its end backwards: two runs.
+    # Older tiles lie at the end of the ring and then before `place`: two runs. Oldest first, so that the sum is the
+    # same to the bit however the ring is turned, which depends on the order in which events came.
     for run in range(3):
         if run == 0:
-            first, end = place - min(older, place), place
-        elif run == 1:
             first, end = num_tiles - (older - min(older, place)), num_tiles
+        elif run == 1:
+            first, end = place - min(older, place), place
         else:
             first, end = newest_slot, newest_slot + (1 if newest_slot >= 0 else 0)
         if kind == MIN:

@@ -20,7 +20,7 @@ from assay_features.events import KEY_SEPARATOR, Events, Reports, key_column
 from assay_features.row_features import model_columns
 from assay_features.state import StateLayout, entity_keys
 from assay_platform.errors import DataError
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 US = 1_000_000
@@ -177,8 +177,17 @@ def stream(events: Events, entity: str | tuple[str, ...]) -> tuple[np.ndarray, d
     return out, states
 
 
+# Two events of one instant, and older ones at both ends of the ring of tiles.
+TURNED = Events(
+    time_us=np.array([-301, 250, 300, -1, *[0] * 16, 300]) * 1_000_000,
+    keys={name: np.array([value] * 21, dtype=object) for name, value in (("card", "a"), ("item", "i1"))},
+    numbers={"amount": np.array([np.nan, -3.0, np.nan, 5.0, *[np.nan] * 15, 0.0, np.nan])},
+)
+
+
 @pytest.mark.parametrize("entity", PLAN.entities)
 @settings(max_examples=100, deadline=None)
+@example(events=TURNED)
 @given(events=tables)
 def test_stream_equals_batch_to_the_bit_and_leaves_the_same_state(
     entity: str | tuple[str, ...], events: Events
