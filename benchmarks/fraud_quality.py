@@ -11,8 +11,8 @@ columns' has our features too. Intervals: 95 % of 500 Poisson bootstraps of test
 Parts: ours; undefended, and so too with dense experts, without features of several columns together, without those of
 an amount, without reported frauds (dense, no groups, no amounts, no reports); lightgbm, xgboost, catboost, tabm;
 features (lightgbm on our columns). Of ours the net alone and the trees alone are told too. All take hours on two cores.
-With --keep, scores stay in the folder by part and seed and a later call takes them from there,
-so they may be run one at a time or beside one another; the table at the end is of all that the folder has.
+With --keep, scores stay in the folder by part and seed and a later call takes them from there, so they may be run one
+at a time or beside one another; the table at the end is of all that the folder has.
 
 Protocols: 'all' learns from all labels before the test period; 'reported' only from rows as old as the label delay,
 whose labels are known when it begins, which is what an operator has. --delay-days is another delay than the data's 7.

@@ -213,10 +213,10 @@ def test_the_worst_form_is_the_one_that_the_net_finds_harmless() -> None:
     def net(batch: EncodedRows) -> tuple[torch.Tensor, Any]:
         return batch.values_NF[:, 0], None
 
-    assert copies.worst(net, torch.tensor([0, 1])).values_NF.tolist() == [[1.0], [0.0]]  # type: ignore[arg-type]
+    assert copies.worst(net, torch.tensor([0, 1])).values_NF.tolist() == [[1.0], [0.0]]
     found = EncodedRows(torch.tensor([[0.5], [7.0]]), torch.zeros(2, 0, dtype=torch.int64))
     more = copies.and_also([found])
-    assert more.worst(net, torch.tensor([0, 1])).values_NF.tolist() == [[0.5], [0.0]]  # type: ignore[arg-type]
+    assert more.worst(net, torch.tensor([0, 1])).values_NF.tolist() == [[0.5], [0.0]]
 
 
 def test_a_part_that_does_not_help_gets_next_to_no_weight() -> None:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-def columns(num_rows: int = 200) -> dict[str, object]:
+def columns(num_rows: int = 200) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     word = np.empty(num_rows, dtype=object)
     word[:] = [None if i % 9 == 0 else "abc"[i % 3] for i in range(num_rows)]
@@ -72,7 +72,7 @@ def test_a_blend_of_nothing_is_refused(net: float, trees: float) -> None:
 
 
 def test_slopes_say_what_a_small_change_does(model: FraudModel) -> None:
-    rows = model.encode({name: column[:40] for name, column in columns().items()})  # type: ignore[index]
+    rows = model.encode({name: column[:40] for name, column in columns().items()})
     slopes, before = model.net_slopes(rows), model.net_logits(rows)
     step = torch.tensor([1e-3, 0.0])
     moved = model.net_logits(rows._replace(values_NF=rows.values_NF + step))

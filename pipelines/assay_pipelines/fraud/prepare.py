@@ -65,8 +65,8 @@ class Prepared:
             stage.update(1.0, f"{len(self.events):,} rows")
         if len(self.events) < len(self.history_events) and options.max_rows is None:
             reporter.line(
-                f"the newest {len(self.events):,} of {len(self.history_events):,} rows are learned from, as many as "
-                "memory is meant for; all of them count in the features. --rows N takes another number"
+                f"the newest {len(self.events):,} of {len(self.history_events):,} rows are learned from, so that "
+                "about 10 GB of memory suffice; all of them count in the features. --rows N takes another number"
             )
         events = self.events
         self.train, self.validation, self.test = time_split(events, self.schema.split)
@@ -160,10 +160,8 @@ class Prepared:
     def _check_tables(self) -> None:
         """No vector may have learned from labels that this run measures with."""
         for embedding in self.plan.embeddings:
-            learned_us, newest_us = (
-                self.tables[embedding.table].learned_until_us,
-                int(self.events.time_us[self.train[-1]]),
-            )
+            learned_us = self.tables[embedding.table].learned_until_us
+            newest_us = int(self.events.time_us[self.train[-1]])
             if learned_us > newest_us:
                 raise InputError(
                     f"feature plan: {as_code(embedding)} was learned from events up to {_moment(learned_us)}, but the "

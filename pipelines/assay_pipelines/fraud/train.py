@@ -87,7 +87,7 @@ class Copies(NamedTuple):
             rows=EncodedRows(*(torch.cat([held, *(f.unsqueeze(1) for f in new)], dim=1) for held, *new in parts))
         )
 
-    def worst(self, net: FraudNet, frauds: Tensor) -> EncodedRows:
+    def worst(self, net: Callable[[EncodedRows], tuple[Tensor, Any]], frauds: Tensor) -> EncodedRows:
         """Of each fraud the form that the net takes for the most harmless."""
         values, codes = self.rows.values_NF[frauds], self.rows.codes_NC[frauds]
         with torch.no_grad():

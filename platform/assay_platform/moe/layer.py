@@ -81,16 +81,17 @@ class MoELayer(nn.Module):
         return self._run(x_ND) if self.fences is None or self.training else self._run_guarded(x_ND, self.fences)
 
     def _run(self, x_ND: Tensor, allowed_E: Tensor | None = None) -> LayerOutput:
-        compiled = self._compiled
-        # Looking for a layer's weights takes longer than a row does.
-        weights = self._weights if compiled is not None else tuple(self.parameters())
-        if allowed_E is None and not self.training and self.capacity is None and fits_compiled_layer(x_ND, weights):
-            if compiled is None:
-                compiled, self._weights = self._compile(), weights
-                self._compiled = compiled
-            if compiled:
-                y_ND, expert_NK, gate_NK = compiled(x_ND)
-                return LayerOutput(y_ND, _NOTHING, Routing(expert_NK, gate_NK, _NOTHING.expand(len(x_ND), 0)), 0.0)
+        if allowed_E is None and not self.training and self.capacity is None:
+            compiled = self._compiled
+            # Looking for a layer's weights takes longer than a row does.
+            weights = self._weights if compiled is not None else tuple(self.parameters())
+            if fits_compiled_layer(x_ND, weights):
+                if compiled is None:
+                    compiled, self._weights = self._compile(), weights
+                    self._compiled = compiled
+                if compiled:
+                    y_ND, expert_NK, gate_NK = compiled(x_ND)
+                    return LayerOutput(y_ND, _NOTHING, Routing(expert_NK, gate_NK, _NOTHING.expand(len(x_ND), 0)), 0.0)
         routing, loss = self.router(x_ND, allowed_E)
         if self.capacity is None:
             return LayerOutput(self.pool(x_ND, routing), loss, routing, 0.0)
