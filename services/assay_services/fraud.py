@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from assay_features.accounts import AccountStream, columns_read
 from assay_features.definitions import FeaturePlan
 from assay_features.events import Events, canonical_key, events_from_records, timestamp_us
 from assay_features.feast.repository import FeatureRepository
@@ -51,6 +52,7 @@ class FraudScorer:
         self.fences = model.fences
         parts = plan_parts(plan, schema)
         self._streams = [(part, repository.online(part)) for part, _ in parts]
+        self._accounts = AccountStream.open(repository, schema, plan)
         self._reports = parts[1][1] if len(parts) > 1 else None
         self._tables = repository.embedding_tables(plan)
         self._reasons = ReasonWriter(plan, model.feature_names, usual=model.reference_columns())
@@ -83,6 +85,8 @@ class FraudScorer:
             DataError: an event lacks a column or has a value that does not fit.
         """
         events = self._events(records)
+        if self._accounts is not None:
+            events = self._accounts.assign(events)
         history: dict[str, Any] = {}
         for part, stream in self._streams:
             keys = {entity: list(entity_keys(entity, events)) for entity in part.entities}
@@ -165,7 +169,7 @@ class FraudScorer:
 
     def add(self, events: Events) -> PushReport:
         """Fold events into the online features."""
-        return self._streams[0][1].push(events)
+        return self._streams[0][1].push(events if self._accounts is None else self._accounts.push(events))
 
     def keep_events(self, records: list[Record]) -> None:
         """Keep events that may be reported later, as they came."""
@@ -222,6 +226,8 @@ class FraudScorer:
         column = self._reports.column
         records = [{**event, column: 1, self.schema.id or "id": name} for _, name, event, _ in frauds]
         events = self._parsed(part, records, [f"labels[{i}].event" for i, *_ in frauds])
+        if self._accounts is not None:
+            events = self._accounts.assign(events)
         times = np.array([time_us for *_, time_us in frauds], dtype=np.int64)
         order = np.argsort(times, kind="stable")
         pushed = stream.push(replace(events, time_us=times).take(order))
@@ -234,8 +240,7 @@ class FraudScorer:
         )
 
     def _parsed(self, plan: FeaturePlan, records: list[Record], places: list[str] | None = None) -> Events:
-        label = () if self._reports is None else (self._reports.column,)
-        keys, numbers = plan.inputs((*self.schema.numbers, *label))
+        keys, numbers = columns_read(plan, self.schema)
         return events_from_records(
             records, timestamp=self.schema.timestamp, keys=keys, numbers=numbers, id_column=self.schema.id or "id",
             places=places,

@@ -2,11 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from assay_features.batch import features_at
+from assay_features.feast.repository import FeatureRepository
+from assay_features.schema import ACCOUNT, read_schema
 from assay_pipelines.cli import main
+from assay_pipelines.datasets.table import load_table
+from assay_pipelines.features import default_plan_of
+from assay_platform.config import load_config
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -14,6 +22,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         main(["features", *arguments])
     out, err = capsys.readouterr()
     return int(stopped.value.code or 0), out, err
+
+
+def with_accounts(schema: Path) -> None:
+    """Let accounts be told by what they have spent."""
+    text = schema.read_text().replace('"lat"]', '"lat", "spent"]')
+    schema.write_text(text + '[account]\ntotal = "spent"\nwithin = ["country"]\n')
 
 
 @pytest.fixture
@@ -104,6 +118,40 @@ def test_features_of_reports_are_verified_and_published_apart(
     newest["datetime"] += 60
     newest.to_csv(home.parent / "more.csv", index=False)
     assert "1 accepted" in run(capsys, "push", "fraud-payments", str(home.parent / "more.csv"))[1]
+
+
+def test_accounts_go_on_from_a_backfill(
+    home: Path, fraud_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], ray_session: str, tmp_path: Path
+) -> None:
+    table, schema = fraud_files
+    with_accounts(schema)
+    whole = pd.read_csv(table).assign(country="NO")
+    whole.to_csv(table, index=False)
+    first, rest = tmp_path / "payments.csv", tmp_path / "rest.csv"
+    code, out, err = run(capsys, "verify", "fraud", "--data", str(table), "--schema", str(schema), "--rows", "150")
+    assert code == 0, err
+    whole.iloc[:2900].to_csv(first, index=False)
+    whole.iloc[2900:].to_csv(rest, index=False)
+    code, out, err = run(capsys, "backfill", "fraud", "--data", str(first), "--schema", str(schema))
+    assert code == 0, err
+    code, out, err = run(capsys, "push", "fraud-payments", str(rest))
+    assert code == 0, err
+    assert "100 accepted" in out
+
+    parsed = read_schema(schema)
+    whole.to_csv(table, index=False)
+    events = load_table(table, parsed).events
+    assert len(set(events.keys[ACCOUNT])) < 250, "150 cards and some that began anew by chance"
+    plan = default_plan_of(parsed)
+    repository = FeatureRepository(load_config().paths.feature_repositories / "fraud-payments")
+    later = np.full(len(events), events.time_us[-1] + 60_000_000)
+    asked = replace(events, time_us=later)
+    online = repository.online(plan).read({ACCOUNT: asked.keys[ACCOUNT].tolist()}, later).values
+    repository.close()
+    batch = features_at(plan, events, asked)
+    assert len(online) == 12
+    for name, column in online.items():
+        np.testing.assert_allclose(column, batch[name], rtol=1e-9, err_msg=name)
 
 
 def test_wrong_calls_say_what_is_known(

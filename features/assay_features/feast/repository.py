@@ -27,7 +27,7 @@ from feast import Entity as FeastEntity
 from feast import FeatureService, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Bytes, Float64
 
-from assay_features.batch import EntityStates
+from assay_features.batch import EntityStates, final_states
 from assay_features.definitions import Entity, FeaturePlan, as_code, entity_columns, entity_name
 from assay_features.embeddings import EmbeddingTable, load_tables
 from assay_features.events import Events, key_column
@@ -106,6 +106,12 @@ class FeatureRepository:
         self.register(plan, value_paths, state_paths, schema=schema)
         newest = [int(s.time_us.max()) for s in states.values() if len(s.time_us)]
         self.online(plan).load(states, until_us=max(newest, default=0), ids=ids)
+
+    def publish_links(
+        self, plan: FeaturePlan, left: Events, *, schema: Mapping[str, Any], ids: Mapping[str, int] | None
+    ) -> None:
+        """What the payments of a table leave for those of the same account that follow; see `AccountLinks`."""
+        self.publish(plan, {}, {e: final_states(plan, e, left) for e in plan.entities}, schema=schema, ids=ids)
 
     def register(
         self,

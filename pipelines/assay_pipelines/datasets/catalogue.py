@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from assay_features.schema import FraudSchema, ItemTable, RecommendSchema, Schema, Split
+from assay_features.schema import Account, FraudSchema, ItemTable, RecommendSchema, Schema, Split
 from assay_platform.errors import DataError, InputError
 from assay_platform.robustness.constraints import Constraints
 from assay_platform.storage import atomic_folder
@@ -155,6 +155,8 @@ def _ieee_schema(_: Path) -> Schema:
         categorical=_IEEE_CATEGORICAL,
         immutable=_IEEE_IMMUTABLE,
         groups=_IEEE_GROUPS,
+        # The account's number was taken out; what it had spent before is still there.
+        account=Account(total="V307", within=("card1", "card2", "card3", "card5", "addr1")),
         # As the Fraud Detection Handbook of Le Borgne et al. has it: a fraud is known a week later.
         label_delay_days=7,
         # Who pays with a stolen card chooses the amount, within reason, and poses as another device and browser.

@@ -19,10 +19,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+from assay_features.accounts import columns_read, links_of, with_accounts
 from assay_features.backfill import Source
 from assay_features.definitions import FeaturePlan
-from assay_features.events import Events, Keys, Numbers, Reports, canonical_key, number, timestamp_us
-from assay_features.schema import FraudSchema, ItemTable, Schema
+from assay_features.events import (
+    Events,
+    Keys,
+    Numbers,
+    Reports,
+    canonical_key,
+    key_column,
+    number,
+    timestamp_us,
+)
+from assay_features.schema import ACCOUNT, FraudSchema, ItemTable, Schema
 from assay_platform.errors import DataError
 from assay_platform.storage import atomic_file
 from numpy.typing import NDArray
@@ -68,7 +78,7 @@ def load_table(path: Path, schema: Schema) -> LoadedTable:
         for name in (schema.user, schema.item):
             _none_missing(keys[name], name, path)
     events = Events(time_us=time_us, keys=keys, numbers=numbers, ids=ids, labels=labels)
-    events = events.take(np.argsort(time_us, kind="stable"))
+    events = with_accounts(events.take(np.argsort(time_us, kind="stable")), schema)
     return LoadedTable(events, path, _fingerprint(path), events)
 
 
@@ -80,7 +90,7 @@ def load_newest(path: Path, schema: FraudSchema, plan: FeaturePlan, num_rows: in
     Raises:
         DataError: the file cannot be read, a column is missing, or a value does not fit.
     """
-    keys, numbers = plan.inputs((*schema.numbers, schema.label))
+    keys, numbers = columns_read(plan, schema)
     numbers = tuple(name for name in numbers if name != schema.label)
     also = [schema.label, *([schema.id] if schema.id else [])]
     with tempfile.TemporaryDirectory(prefix="assay-table-") as scratch:
@@ -97,6 +107,7 @@ def load_newest(path: Path, schema: FraudSchema, plan: FeaturePlan, num_rows: in
         all_ids = None if schema.id is None else _unique_ids(np.concatenate(ids), schema.id, path)
         history = replace(_joined(parts), labels=all_labels, ids=all_ids)
         order = np.argsort(history.time_us, kind="stable")
+        history = with_accounts(history.take(order), schema)
         wanted = np.zeros(len(history), dtype=bool)
         wanted[order[-num_rows:]] = True
         newest, first = [], 0
@@ -111,7 +122,8 @@ def load_newest(path: Path, schema: FraudSchema, plan: FeaturePlan, num_rows: in
                 )
     events = replace(_joined(newest), labels=all_labels[wanted], ids=None if all_ids is None else all_ids[wanted])
     events = events.take(np.argsort(events.time_us, kind="stable"))
-    return LoadedTable(events, path, _fingerprint(path), history.take(order))
+    known = {name: history.keys[name][-len(events) :] for name in schema.worked_out}
+    return LoadedTable(replace(events, keys={**events.keys, **known}), path, _fingerprint(path), history)
 
 
 def count_rows(path: Path) -> int:
@@ -179,12 +191,12 @@ def events_of_frame(
 
 
 def read_events(path: Path, schema: Schema, plan: FeaturePlan) -> Events:
-    """Events without labels, in the order of the file, with what the plan needs of them: what is pushed.
+    """Events without labels and accounts, in the order of the file, with what the plan needs of them: what is pushed.
 
     Raises:
         DataError: the file cannot be read, a column is missing, or a value does not fit.
     """
-    keys, numbers = plan.inputs(schema.numbers)
+    keys, numbers = columns_read(plan, schema)
     columns = [schema.timestamp, *keys, *numbers, *([schema.id] if schema.id else [])]
     frame = _read(path, list(dict.fromkeys(columns)))
     if frame.empty:
@@ -204,23 +216,30 @@ def recent_ids(path: Path, schema: Schema, seconds: float) -> dict[str, int] | N
 
 
 def chunked_source(
-    path: Path, schema: Schema, plan: FeaturePlan, scratch: Path, *, reports: Reports | None = None
+    path: Path,
+    schema: Schema,
+    plan: FeaturePlan,
+    scratch: Path,
+    *,
+    reports: Reports | None = None,
+    accounts: Path | None = None,
 ) -> Source:
     """The same table in chunks, for a backfill: the columns that the plan needs, checked as they are read.
 
-    reports: given, the source is the frauds of the table, each when it is reported. A CSV file is turned into Parquet
-    in `scratch` first, as text and in bounded memory.
+    accounts: where `read_accounts` has put them, for a plan that needs them. reports: given, the source is the frauds
+    of the table, each when it is reported. A CSV file is turned into Parquet in `scratch` first, as text and in
+    bounded memory.
 
     Raises:
         DataError: the file cannot be read or a column is missing.
     """
-    keys, numbers = plan.inputs(schema.numbers)
+    keys, numbers = columns_read(plan, schema)
     if reports is not None:
         keys, numbers = (*keys, reports.column), tuple(name for name in numbers if name != reports.column)
     columns = list(dict.fromkeys([schema.timestamp, *keys, *numbers]))
     _check_file(path)
     given = path.stat()
-    identity = f"{path.name}:{given.st_size}:{given.st_mtime_ns}:{schema.timestamp}:{reports}"
+    identity = f"{path.name}:{given.st_size}:{given.st_mtime_ns}:{schema.timestamp}:{reports}:{links_of(schema)}"
     try:
         if path.suffix.lower() not in (".parquet", ".pq"):
             kind = f"{zlib.crc32(repr(columns).encode()):08x}"
@@ -240,9 +259,48 @@ def chunked_source(
     if row == 0:
         raise DataError(f"{path}: has no rows")
     read: Callable[[int], Events] = partial(_read_chunk, path, tuple(groups), schema.timestamp, keys, numbers)
+    if accounts is not None:
+        read = partial(_read_with_accounts, read, accounts, tuple(first_row for *_, first_row in groups))
     if reports is not None:
         read = partial(_read_reported, read, reports)
     return Source(num_rows=row, num_chunks=len(groups), identity=identity, read=read)
+
+
+def read_accounts(path: Path, schema: FraudSchema, target: Path) -> Events:
+    """What the accounts of a table leave for payments that follow; and the account of every row, in the order of the
+    file, as a column of numbers in `target`. Only what accounts are known by is read at once.
+
+    Raises:
+        DataError: the file cannot be read, a column is missing, or a value does not fit.
+    """
+    links = links_of(schema)
+    assert links is not None
+    keys = tuple(name for name in links.columns if name in schema.keys)
+    numbers = tuple(name for name in links.columns if name in schema.numbers)
+    columns = list(dict.fromkeys([schema.timestamp, *keys, *numbers]))
+    _check_file(path)
+    with tempfile.TemporaryDirectory(prefix="assay-table-") as scratch:
+        events = _joined(
+            [
+                events_of_frame(frame, path, timestamp=schema.timestamp, keys=keys, numbers=numbers)
+                for frame in _chunks(_as_parquet(path, columns, Path(scratch)), columns, path)
+            ]
+        )
+    order = np.argsort(events.time_us, kind="stable")
+    events = links.assign(events.take(order))
+    accounts = np.full(len(order), np.nan)
+    accounts[order] = [np.nan if name is None else float(name) for name in events.keys[ACCOUNT]]
+    with atomic_file(target) as part, part.open("wb") as file:
+        np.save(file, accounts)
+    return links.of(events)
+
+
+def _read_with_accounts(read: Callable[[int], Events], accounts: Path, first_rows: Sequence[int], chunk: int) -> Events:
+    events = read(chunk)
+    first = first_rows[chunk]
+    numbers = np.load(accounts, mmap_mode="r")[first : first + len(events)]
+    named = Events(events.time_us, {}, {ACCOUNT: np.asarray(numbers)})
+    return replace(events, keys={**events.keys, ACCOUNT: key_column(named, ACCOUNT)})
 
 
 def _read_reported(read: Callable[[int], Events], reports: Reports, chunk: int) -> Events:

@@ -75,7 +75,9 @@ class Adversary:
         prepared = self._prepared
         events = Events(
             prepared.events.time_us[rows],
-            {name: forms.keys[:, c] for c, name in enumerate(self._keys)},
+            # Nobody sends what an account is known by, so it stays the same.
+            {name: prepared.events.keys[name][rows] for name in prepared.schema.worked_out}
+            | {name: forms.keys[:, c] for c, name in enumerate(self._keys)},
             {name: forms.numbers[:, f] for f, name in enumerate(self._numeric)},
         )
         history = {name: np.asarray(prepared.columns[name])[rows] for name in prepared.plan.numeric_names}

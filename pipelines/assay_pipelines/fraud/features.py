@@ -36,7 +36,7 @@ def default_plan(schema: FraudSchema) -> FeaturePlan:
     if reports is not None:
         return FeaturePlan(tuple(dict.fromkeys(_reported(schema, reports))))
     definitions: list[Definition] = []
-    for entity in schema.entities:
+    for entity in (*schema.entities, *schema.worked_out):
         definitions += [Window(entity=entity, aggregate="count", length_s=s) for s in (HOUR_S, DAY_S, 7 * DAY_S)]
         definitions += [Decay(entity=entity, half_life_s=s) for s in (DAY_S, 30 * DAY_S)]
         definitions.append(SinceLatest(entity=entity))
@@ -57,7 +57,7 @@ def default_plan(schema: FraudSchema) -> FeaturePlan:
 
 
 def _reported(schema: FraudSchema, reports: Reports) -> Iterator[Definition]:
-    who: tuple[Entity, ...] = (*schema.entities, *(schema.groups or _default_groups(schema)))
+    who: tuple[Entity, ...] = (*schema.entities, *schema.worked_out, *(schema.groups or _default_groups(schema)))
     for entity in who:
         for length_s in (30 * DAY_S, 180 * DAY_S):
             yield from fraud_share(entity, reports, length_s)
@@ -95,7 +95,7 @@ def check_plan(plan: FeaturePlan, schema: FraudSchema) -> None:
     sides = (
         (
             "entity, categorical or numeric",
-            (*schema.keys, *schema.numbers),
+            (*schema.keys, *schema.worked_out, *schema.numbers),
             lambda part: (*part.key_columns(), *(e.column for e in part.embeddings)),
         ),
         ("numeric", (*schema.numbers, *reported), FeaturePlan.number_columns),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from assay_features.accounts import links_of
 from assay_features.batch import features_at, final_states
 from assay_features.definitions import FeaturePlan, as_code
 from assay_features.embeddings import EmbeddingTable, load_tables, table_path
@@ -148,6 +149,12 @@ class Prepared:
                 frames = value_frames(plan, self.events, computed)
                 repository.publish(plan, frames, final, schema=schema_to_dict(self.schema), tables=self.tables, ids=ids)
                 history |= repository.training_features(plan, self.events)
+            links = links_of(self.schema)
+            if links is not None:
+                left, known = links.of(self.history_events), None
+                if left.ids is not None:
+                    known = dict(zip(left.ids.tolist(), left.time_us.tolist(), strict=True))
+                repository.publish_links(links.plan, left, schema=schema_to_dict(self.schema), ids=known)
             repository.close()
             num_keys = sum(len(s.keys) for final in states for s in final.values())
             stage.update(1.0, f"{num_keys:,} keys online")
@@ -241,7 +248,7 @@ def _try_without_rows(plan: FeaturePlan, schema: FraudSchema, tables: dict[str, 
     """
     nothing = Events(
         time_us=np.empty(0, dtype=np.int64),
-        keys={name: np.empty(0, dtype=object) for name in schema.keys},
+        keys={name: np.empty(0, dtype=object) for name in (*schema.keys, *schema.worked_out)},
         numbers={name: np.empty(0) for name in schema.numbers},
     )
     return model_columns(plan, nothing, {name: np.empty(0) for name in plan.numeric_names}, tables)

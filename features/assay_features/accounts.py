@@ -1,0 +1,179 @@
+"""Who pays, where no column says so: accounts told by their running totals.
+
+Payment feeds often leave the account's number away and bring what the processor has counted of it, such as all that it
+has spent so far. That is enough: a payment whose total before is the total after an earlier one, of the same card and
+address, is that account's next. Each payment so continues the account of one strictly earlier or begins a new one.
+
+What is known is one number a total: `Latest` of a plan of its own, so that links are computed in batch, stored, logged
+and read online as every other feature is.
+"""
+
+# N events
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from assay_features.definitions import FeaturePlan, Latest
+from assay_features.events import KEY_SEPARATOR, Events, Keys, canonical_key, key_column
+from assay_features.schema import ACCOUNT, FraudSchema, Schema
+from assay_features.state import Floats
+from assay_features.stream import EventStream
+
+if TYPE_CHECKING:  # Feast takes seconds to import
+    from assay_features.feast.repository import FeatureRepository
+
+_LINK = "account_link"
+# Totals are added up by somebody else, and no currency has more.
+_DECIMALS = 3
+
+
+class _Links(NamedTuple):
+    """(N,) keys by which payments follow one another, None where there is none."""
+
+    before: Keys  # what the payment follows
+    after: Keys  # what follows it
+    first: Keys  # what its account is called if it follows nothing
+
+
+@dataclass(frozen=True)
+class AccountLinks:
+    """How payments of one account are known. total: what it had spent before the payment. amount: of the payment.
+
+    within: columns that stay the same for an account; missing is a value as others are.
+    """
+
+    total: str
+    amount: str
+    within: tuple[str, ...]
+
+    @property
+    def plan(self) -> FeaturePlan:
+        """What is remembered of every total."""
+        return FeaturePlan((Latest(entity=_LINK, column=ACCOUNT),))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is read of an event."""
+        return (self.total, self.amount, *self.within)
+
+    def assign(self, events: Events, known: Floats | None = None) -> Events:
+        """The events, in order of time, with the key of their account, None where the total is missing.
+
+        known: (N,) account numbers that strictly earlier events, which are not among these, left for what each event
+        follows; NaN without one.
+        """
+        links = self._links(events)
+        account_of: dict[str, str] = {}
+        accounts = np.empty(len(events), dtype=object)
+        # Events of one instant do not see each other.
+        bounds = np.flatnonzero(np.r_[True, np.diff(events.time_us) != 0, True]) if len(events) else np.empty(0, int)
+        for first, end in pairwise(bounds.tolist()):
+            for i in range(first, end):
+                found = account_of.get(links.before[i])
+                if found is None and known is not None and not np.isnan(known[i]):
+                    found = canonical_key(float(known[i]))
+                accounts[i] = links.first[i] if found is None else found
+            for i in range(first, end):
+                if links.after[i] is not None:
+                    account_of[links.after[i]] = accounts[i]
+        return replace(events, keys={**events.keys, ACCOUNT: accounts})
+
+    def of(self, events: Events) -> Events:
+        """What events with accounts leave for those that follow."""
+        numbers = np.array([math.nan if key is None else float(key) for key in events.keys[ACCOUNT]], dtype=np.float64)
+        return Events(events.time_us, {_LINK: self._links(events).after}, {ACCOUNT: numbers}, ids=events.ids)
+
+    def followed(self, events: Events) -> list[str | None]:
+        """What each event follows, as a key of the plan."""
+        return list(self._links(events).before)
+
+    def _links(self, events: Events) -> _Links:
+        before, amount = events.numbers[self.total], events.numbers[self.amount]
+        within = [key_column(events, name) for name in self.within]
+        return _Links(
+            _keys(np.where(np.round(before, _DECIMALS) > 0, before, np.nan), within),
+            _keys(np.where(amount > 0, before + amount, np.nan), within),
+            _keys(before, within, events.time_us.tolist()),
+        )
+
+
+class AccountStream:
+    """Accounts of events as they come, by what is remembered online."""
+
+    def __init__(self, links: AccountLinks, stream: EventStream) -> None:
+        self._links, self._stream = links, stream
+        [self._name] = links.plan.numeric_names
+
+    @staticmethod
+    def open(repository: "FeatureRepository", schema: Schema, plan: FeaturePlan) -> "AccountStream | None":
+        """None where the schema knows no accounts or the plan has no use for them."""
+        links = links_of(schema)
+        if links is None or ACCOUNT not in plan.key_columns():
+            return None
+        return AccountStream(links, repository.online(links.plan))
+
+    def assign(self, events: Events) -> Events:
+        """The events with their accounts, nothing remembered. They may be in any order; each sees what is strictly
+        earlier.
+        """
+        order = np.argsort(events.time_us, kind="stable")
+        ordered = events.take(order)
+        known = self._stream.read({_LINK: self._links.followed(ordered)}, ordered.time_us).values[self._name]
+        accounts = np.empty(len(events), dtype=object)
+        accounts[order] = self._links.assign(ordered, known).keys[ACCOUNT]
+        return replace(events, keys={**events.keys, ACCOUNT: accounts})
+
+    def push(self, events: Events) -> Events:
+        """The events with their accounts, which those that follow are to find.
+
+        Raises:
+            DataError: an event is ahead of the clock; nothing was taken in.
+            StorageError: the log cannot be written; nothing was taken in.
+        """
+        named = self.assign(events)
+        self._stream.push(self._links.of(named))
+        return named
+
+
+def links_of(schema: Schema) -> AccountLinks | None:
+    """How the schema says that accounts are known, if it does."""
+    if not isinstance(schema, FraudSchema) or schema.account is None:
+        return None
+    assert schema.amount is not None
+    return AccountLinks(schema.account.total, schema.amount, schema.account.within)
+
+
+def with_accounts(events: Events, schema: Schema) -> Events:
+    """The events of a table, in order of time, with their accounts if the schema says how they are known."""
+    links = links_of(schema)
+    return events if links is None else links.assign(events)
+
+
+def columns_read(plan: FeaturePlan, schema: Schema) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Columns of an event that a plan needs, as keys and as numbers; for its account those that it is known by."""
+    keys, numbers = plan.inputs((*schema.numbers, schema.label or ""))
+    links = links_of(schema)
+    if links is None or ACCOUNT not in keys:
+        return keys, numbers
+    keys = tuple(name for name in keys if name != ACCOUNT)
+    return (
+        tuple(dict.fromkeys((*keys, *(name for name in links.columns if name not in schema.numbers)))),
+        tuple(dict.fromkeys((*numbers, *(name for name in links.columns if name in schema.numbers)))),
+    )
+
+
+def _keys(totals: Floats, within: list[Keys], times: list[int] | None = None) -> Keys:
+    """(N,) a number of 52 bits, exact as a float, as text; None where the total is missing."""
+    out = np.empty(len(totals), dtype=object)
+    rest = within if times is None else [*within, times]
+    for i, (total, *parts) in enumerate(zip(totals.tolist(), *rest, strict=True)):
+        if not math.isnan(total):
+            texts = [f"{total:.{_DECIMALS}f}", *("" if part is None else str(part) for part in parts)]
+            digest = hashlib.blake2b(KEY_SEPARATOR.join(texts).encode(), digest_size=8).digest()
+            out[i] = str(int.from_bytes(digest) >> 12)
+    return out
