@@ -8,8 +8,8 @@ columns' has our features too. Intervals: 95 % of 500 Poisson bootstraps of test
     assay bench fraud_quality [--json] [--only PART,PART] [--trials N] [--seeds 0,1,2] [--protocols all,reported]
                               [--delay-days N] [--rows N] [--keep FOLDER] [--data FOLDER]
 
-Parts: ours; undefended, and so too with dense experts, without features of several columns together, without those of
-an amount, without reported frauds (dense, no groups, no amounts, no reports); lightgbm, xgboost, catboost, tabm;
+Parts: ours; undefended, and so too with dense experts, without features of accounts, of several columns together, of an
+amount, of reported frauds (dense, no accounts, no groups, no amounts, no reports); lightgbm, xgboost, catboost, tabm;
 features (lightgbm on our columns). Of ours the net alone and the trees alone are told too. All take hours on two cores.
 With --keep, scores stay in the folder by part and seed and a later call takes them from there, so they may be run one
 at a time or beside one another; the table at the end is of all that the folder has.
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from assay_features.definitions import FeaturePlan, Ratio, entity_columns
+from assay_features.schema import ACCOUNT
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.baseline import tree_frame
 from assay_pipelines.fraud.evaluate import average_precision, fraud_metrics
@@ -49,7 +50,7 @@ from _fraud_peers import PEERS, Table, raw_table
 from _report import finish, row
 
 # Without the defence, and then without one part more: see the text above.
-ABLATED = ("undefended", "dense", "no groups", "no amounts", "no reports")
+ABLATED = ("undefended", "dense", "no accounts", "no groups", "no amounts", "no reports")
 PROTOCOLS = {"all": "", "reported": ", reported labels"}
 DRAWS = 500
 SHOWN = ("auc", "average_precision", "recall_at_fpr_0.003", "precision_at_fpr_0.003", "ece", "brier")
@@ -358,6 +359,7 @@ def run_ours(call: argparse.Namespace, wanted: list[str], kept: Kept) -> None:
     prepared = Prepared(given, Reporter(), publish=False)
     plan, schema = prepared.plan, prepared.schema
     plans = {
+        "no accounts": without(plan, ACCOUNT),
         "no groups": without(plan, groups=True),
         "no amounts": without(plan, schema.amount or ""),
         "no reports": default_plan(replace(schema, label_delay_days=None)),
