@@ -22,10 +22,10 @@ from assay_features.definitions import FeaturePlan, Latest
 from assay_features.events import KEY_SEPARATOR, Events, Keys, canonical_key, key_column
 from assay_features.schema import ACCOUNT, FraudSchema, Schema
 from assay_features.state import Floats
-from assay_features.stream import EventStream
 
-if TYPE_CHECKING:  # Feast takes seconds to import
+if TYPE_CHECKING:  # Feast takes seconds to import, and who reads a table needs no store
     from assay_features.feast.repository import FeatureRepository
+    from assay_features.stream import EventStream
 
 _LINK = "account_link"
 # Totals are added up by somebody else, and no currency has more.
@@ -105,7 +105,7 @@ class AccountLinks:
 class AccountStream:
     """Accounts of events as they come, by what is remembered online."""
 
-    def __init__(self, links: AccountLinks, stream: EventStream) -> None:
+    def __init__(self, links: AccountLinks, stream: "EventStream") -> None:
         self._links, self._stream = links, stream
         [self._name] = links.plan.numeric_names
 
