@@ -12,6 +12,7 @@ and read online as every other feature is.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 from assay_features.definitions import FeaturePlan, Latest
 from assay_features.events import KEY_SEPARATOR, Events, Keys, canonical_key, key_column
 from assay_features.schema import ACCOUNT, FraudSchema, Schema
-from assay_features.state import Floats
+from assay_features.state import Floats, Times
 
 if TYPE_CHECKING:  # Feast takes seconds to import, and who reads a table needs no store
     from assay_features.feast.repository import FeatureRepository
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # Feast takes seconds to import, and who reads a table needs 
 _LINK = "account_link"
 # Totals are added up by somebody else, and no currency has more.
 _DECIMALS = 3
+# N keys of what is followed, when → account numbers that strictly earlier events left there, NaN without one.
+Known = Callable[[list[str | None], Times], Floats]
 
 
 class _Links(NamedTuple):
@@ -61,13 +64,13 @@ class AccountLinks:
         """What is read of an event."""
         return (self.total, self.amount, *self.within)
 
-    def assign(self, events: Events, known: Floats | None = None) -> Events:
+    def assign(self, events: Events, known: Known | None = None) -> Events:
         """The events, in order of time, with the key of their account, None where the total is missing.
 
-        known: (N,) account numbers that strictly earlier events, which are not among these, left for what each event
-        follows; NaN without one.
+        known: what events that are not among these have left.
         """
         links = self._links(events)
+        left = None if known is None else known(links.before.tolist(), events.time_us)
         account_of: dict[str, str] = {}
         accounts = np.empty(len(events), dtype=object)
         # Events of one instant do not see each other.
@@ -75,8 +78,8 @@ class AccountLinks:
         for first, end in pairwise(bounds.tolist()):
             for i in range(first, end):
                 found = account_of.get(links.before[i])
-                if found is None and known is not None and not np.isnan(known[i]):
-                    found = canonical_key(float(known[i]))
+                if found is None and left is not None and not np.isnan(left[i]):
+                    found = canonical_key(float(left[i]))
                 accounts[i] = links.first[i] if found is None else found
             for i in range(first, end):
                 if links.after[i] is not None:
@@ -87,10 +90,6 @@ class AccountLinks:
         """What events with accounts leave for those that follow."""
         numbers = np.array([math.nan if key is None else float(key) for key in events.keys[ACCOUNT]], dtype=np.float64)
         return Events(events.time_us, {_LINK: self._links(events).after}, {ACCOUNT: numbers}, ids=events.ids)
-
-    def followed(self, events: Events) -> list[str | None]:
-        """What each event follows, as a key of the plan."""
-        return list(self._links(events).before)
 
     def _links(self, events: Events) -> _Links:
         before, amount = events.numbers[self.total], events.numbers[self.amount]
@@ -123,10 +122,12 @@ class AccountStream:
         """
         order = np.argsort(events.time_us, kind="stable")
         ordered = events.take(order)
-        known = self._stream.read({_LINK: self._links.followed(ordered)}, ordered.time_us).values[self._name]
         accounts = np.empty(len(events), dtype=object)
-        accounts[order] = self._links.assign(ordered, known).keys[ACCOUNT]
+        accounts[order] = self._links.assign(ordered, self._known).keys[ACCOUNT]
         return replace(events, keys={**events.keys, ACCOUNT: accounts})
+
+    def _known(self, keys: list[str | None], time_us: Times) -> Floats:
+        return self._stream.read({_LINK: keys}, time_us).values[self._name]
 
     def push(self, events: Events) -> Events:
         """The events with their accounts, which those that follow are to find.

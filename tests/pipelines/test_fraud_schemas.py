@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from assay_features.schema import FraudSchema, Split
+from assay_features.schema import Account, FraudSchema, Split
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.evaluate import auc
 from assay_pipelines.fraud.fit import fit_models, refit
@@ -27,7 +27,7 @@ SMALL = {**DEFAULTS, "width": 32, "num_experts": 4, "num_blocks": 1}
 
 
 def table(num_rows: int, rate: float, seed: int) -> pd.DataFrame:
-    """Fraud follows the amount, a category and a few bad cards; some of everything is missing."""
+    """Fraud follows the amount, a category and a few bad cards; some of everything is missing. spent: by the card."""
     rng = np.random.default_rng(seed)
     amount, score = rng.lognormal(3, 1, num_rows), rng.normal(size=num_rows)
     card, shop = rng.integers(0, 80, num_rows), rng.choice(["grocer", "casino", "web"], num_rows)
@@ -38,7 +38,8 @@ def table(num_rows: int, rate: float, seed: int) -> pd.DataFrame:
         "amount": amount.round(2), "score": score, "card": [f"c{c}" for c in card],
         "device": [f"d{d}" for d in rng.integers(0, 300, num_rows)], "shop": shop, "country": "NO",
     })  # fmt: skip
-    for column in ("amount", "score", "device", "shop"):
+    frame["spent"] = frame.groupby("card")["amount"].cumsum() - frame["amount"]
+    for column in ("amount", "score", "device", "shop", "spent"):
         frame.loc[rng.random(num_rows) < 0.05, column] = None
     return frame
 
@@ -73,14 +74,16 @@ def check(data: Prepared, folder: Path, *, min_auc: float) -> FraudModel:
 
 
 SCHEMAS = st.builds(
-    lambda entities, amount, numeric, categorical, delay, constrained, decisions: FraudSchema(
+    lambda entities, amount, account, numeric, categorical, delay, constrained, decisions: FraudSchema(
         timestamp="time", label="bad", amount="amount" if amount else None, entities=tuple(entities),
-        numeric=tuple(dict.fromkeys((*(["amount"] if amount else []), *numeric))),
+        numeric=tuple(dict.fromkeys((*(["amount"] if amount else []), *(["spent"] if account else []), *numeric))),
+        account=Account(total="spent", within=tuple(entities)) if amount and account else None,
         categorical=tuple(c for c in dict.fromkeys((*categorical, *entities))), label_delay_days=delay,
         constraints=Constraints(times={"amount": (0.5, 2.0)}) if constrained and amount else Constraints(),
         decisions=decisions, split=Split(train=0.6, validation=0.2),
     ),
     st.lists(st.sampled_from(["card", "device"]), unique=True),
+    st.booleans(),
     st.booleans(),
     st.lists(st.sampled_from(["score", "amount"]), unique=True, min_size=1),
     st.lists(st.sampled_from(["shop", "country"]), unique=True),
