@@ -5,7 +5,8 @@ the test period are attacked, those that no model catches too; every form that i
 looked up anew. Attacks: evolution through scores (the gate of promotion), the same twice as long, descent along the
 slopes of the net with restarts (trees have none: the slopes are of the net beside them), and two of
 adversarial-robustness-toolbox, if it is installed, each on `--few` frauds: HopSkipJump, by decisions, and ZOO, by
-scores. They know nothing of what is feasible, so what they propose is repaired before it is scored.
+scores. They know nothing of what is feasible, so what they propose is repaired before it is scored. How long each model
+took to train, validation included, is told too.
 
     assay bench fraud_attacks [--json] [--rows N] [--frauds N] [--few N] [--data FOLDER]
 """
@@ -14,7 +15,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import numpy as np
 import torch
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.adversary import GATE_ATTACK, Adversary, Robustness
+from assay_pipelines.fraud.evaluate import average_precision
 from assay_pipelines.fraud.fit import fit_models
-from assay_pipelines.fraud.prepare import Prepared
+from assay_pipelines.fraud.prepare import Prepared, as_slice
 from assay_pipelines.fraud.train import DEFAULTS
 from assay_platform.models.calibration import fit_platt
 from assay_platform.models.decisions import Policy
@@ -172,17 +174,32 @@ def main() -> None:
     call, _ = parser.parse_known_args()
     prepared = Prepared(ieee_options(call), Reporter(), publish=False)
     careless = Prepared(ieee_options(call, constraints=Constraints()), Reporter(), publish=False)
-    undefended = fit_models(DEFAULTS, careless, Reporter(), seed=0).model
-    models = {
-        "ours": fit_models(DEFAULTS, prepared, Reporter(), seed=0).model,
-        "ours undefended": undefended,
-        "LightGBM": boosted(prepared, undefended, own_columns=True),
-        "LightGBM on our columns": boosted(prepared, undefended, own_columns=False),
+    models: dict[str, FraudModel] = {}
+    makers: dict[str, Callable[[], FraudModel]] = {
+        "ours": lambda: fit_models(DEFAULTS, prepared, Reporter(), seed=0).model,
+        "ours undefended": lambda: fit_models(DEFAULTS, careless, Reporter(), seed=0).model,
+        "LightGBM": lambda: boosted(prepared, models["ours"], own_columns=True),
+        "LightGBM on our columns": lambda: boosted(prepared, models["ours"], own_columns=False),
     }
+    seconds_of, reached = {}, {}
+    for name, make in makers.items():
+        began = time.perf_counter()
+        models[name] = make()
+        seconds_of[name] = time.perf_counter() - began
+        scores = models[name].logits(prepared.rows.rows.rows(as_slice(prepared.test)))
+        reached[name] = average_precision(prepared.labels[prepared.test], scores)
+        print(f"{name}: trained in {seconds_of[name]:.0f} s, test AP {reached[name]:.4f}", flush=True)
     labels, generator = prepared.labels[prepared.test], np.random.default_rng(0)
     frauds, honest = prepared.test[labels], prepared.test[~labels]
     frauds = np.sort(generator.choice(frauds, min(call.frauds, len(frauds)), replace=False))
-    rows = []
+    peer = "LightGBM on our columns"
+    rows = [
+        row(
+            f"training of {name}", seconds, "s", peer=seconds_of[peer], peer_name=peer,
+            limit=3 * seconds_of[peer], limit_name="3 x the peer", average_precision=round(reached[name], 4),
+        )
+        for name, seconds in seconds_of.items()
+    ]  # fmt: skip
     for name, model in models.items():
         for attack, left, seconds in results(model, prepared, frauds, honest, call.few):
             print(f"{name}, {attack}: {left}, {seconds:.0f} s", flush=True)

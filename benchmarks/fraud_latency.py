@@ -4,19 +4,22 @@ Ours: the champion of `assay run fraud --data ieee-cis` with its online features
 every column is checked, every state read, every answer has reasons in words. Peer: LightGBM on the table's own columns
 with the Shapley values of its own C++ TreeSHAP (the algorithm of shap.TreeExplainer, which is measured too where `shap`
 is installed), given ready rows of a frame: no parsing, no features, no words. In turn, on the same events; one thread
-for one row, two for the trees of a batch on both sides.
+for one row, two for the trees of a batch on both sides; threads that are done sleep, as in `assay serve`.
 
     assay bench fraud_latency [--json] [--model NAME] [--calls N]
 """
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything loads OpenMP
 
 import numpy as np
 import pandas as pd

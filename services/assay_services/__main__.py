@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import logging
+import os
 import socket
 import sys
 from dataclasses import replace
@@ -67,6 +68,8 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
         listener.close()
         run_on_ray(config, host=service.host, port=port, fraud=call.fraud, recommend=call.recommend)
         return
+    # Threads that are done sleep instead of keeping a core busy, which the next request needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     import uvicorn
 

@@ -13,7 +13,7 @@ from assay_platform.models.calibration import PlattCalibration, fit_platt, sigmo
 from assay_platform.models.decisions import Policy
 from assay_platform.models.embeddings import CategoricalEmbedding, PiecewiseLinearEmbedding
 from assay_platform.models.encoding import TabularEncoder, fit_encoder, typical_row
-from assay_platform.models.explain import Origin, integrated_gradients
+from assay_platform.models.explain import Origin, integrated_gradients, segments_for
 from assay_platform.models.fraud import Blend, FraudModel, FraudModelParts, FraudNet, FraudNetConfig
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.moe import BackboneConfig, MoELayer
@@ -315,3 +315,7 @@ def test_categories_of_different_columns_do_not_share_rows() -> None:
     embedding = CategoricalEmbedding((3, 2), 4)
     out = embedding(torch.tensor([[0, 0], [2, 1]]))
     assert len({tuple(v.tolist()) for v in out.flatten(0, 1)}) == 4
+
+
+def test_a_part_that_says_little_is_walked_in_fewer_steps() -> None:
+    assert [segments_for(share) for share in (1.0, 0.6, 0.3, 0.1, 0.0)] == [3, 3, 2, 2, 1]

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+import textwrap
 from itertools import combinations
 from math import factorial
 
@@ -135,3 +139,20 @@ def test_categorical_splits_are_refused():
 
 def test_tensors_hold_no_objects():
     assert all(isinstance(t, torch.Tensor) for t in TreeEnsemble.from_lightgbm(_trained()[0]).to_tensors().values())
+
+
+def test_a_batch_on_all_cores_leaves_torch_the_threads_it_had():
+    script = textwrap.dedent("""
+        import lightgbm as lgb, numpy as np, torch
+        from assay_platform.models.trees import TreeEnsemble
+
+        rows = np.random.default_rng(0).normal(size=(2000, 3))
+        booster = lgb.train({"objective": "binary", "verbosity": -1}, lgb.Dataset(rows, rows[:, 0] > 0), 2)
+        torch.set_num_threads(1)
+        assert torch.get_num_threads() == 1  # from here on, torch has the thread set up
+        TreeEnsemble.from_lightgbm(booster).explain(rows, rows[0])
+        assert torch.get_num_threads() == 1
+    """)
+    # Numba starts its threads once a process.
+    two = {**os.environ, "OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=two)

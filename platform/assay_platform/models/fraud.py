@@ -22,7 +22,7 @@ from assay_platform.models.calibration import PlattCalibration, sigmoid
 from assay_platform.models.decisions import Costs, Decided, Policy
 from assay_platform.models.embeddings import CategoricalEmbedding, PeriodicEmbedding, PiecewiseLinearEmbedding
 from assay_platform.models.encoding import Columns, EncodedRows, TabularEncoder
-from assay_platform.models.explain import Origin, integrated_gradients
+from assay_platform.models.explain import Origin, integrated_gradients, segments_for
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.moe import Backbone, BackboneConfig
 from assay_platform.moe.fences import Fence
@@ -238,7 +238,10 @@ class FraudModel:
         if blend.net:
             with torch.no_grad():
                 embedded_NGP = self._net.embed(rows)
-            contribution, start = integrated_gradients(self._net.hidden, self._net.logits, embedded_NGP, self._origin)
+            contribution, start = integrated_gradients(
+                self._net.hidden, self._net.logits, embedded_NGP, self._origin,
+                num_segments=segments_for(blend.net / (blend.net + blend.trees)),
+            )  # fmt: skip
             places = [*range(num_numeric), *(num_numeric + c for c in self._net.embedded)]
             total_NG[:, places] = blend.net * contribution.numpy()
             base += blend.net * float(start)

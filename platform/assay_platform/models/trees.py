@@ -69,8 +69,10 @@ class TreeEnsemble:
 
         rows = np.ascontiguousarray(rows_NF)
         out = np.zeros(len(rows))
-        loop: Any = trees_numba.score_one_by_one if len(rows) <= _FEW_ROWS else trees_numba.score_trees
-        loop(rows, self.roots, self._nodes, out)
+        if len(rows) <= _FEW_ROWS:
+            trees_numba.score_one_by_one(rows, self.roots, self._nodes, out)
+        else:
+            _on_all_cores(trees_numba.score_trees, rows, self.roots, self._nodes, out)
         return out
 
     def explain(
@@ -86,8 +88,10 @@ class TreeEnsemble:
         rows = np.ascontiguousarray(rows_NF)
         reference = np.ascontiguousarray(reference_F, dtype=rows.dtype)
         out = np.zeros((len(rows), self.num_columns))
-        loop: Any = trees_numba.explain_one_by_one if len(rows) <= _FEW_ROWS else trees_numba.explain_trees
-        loop(rows, reference, self.roots, self._nodes, _WEIGHT, out)
+        if len(rows) <= _FEW_ROWS:
+            trees_numba.explain_one_by_one(rows, reference, self.roots, self._nodes, _WEIGHT, out)
+        else:
+            _on_all_cores(trees_numba.explain_trees, rows, reference, self.roots, self._nodes, _WEIGHT, out)
         return out, float(self.logits(reference[None])[0])
 
     @cached_property
@@ -198,3 +202,12 @@ def _joined(trees: list[dict[str, NDArray[Any]]], num_columns: int) -> TreeEnsem
         ]
         arrays[name] = np.concatenate([*parts, np.empty(0)]).astype(kind)
     return TreeEnsemble(num_columns, roots, **arrays)
+
+
+def _on_all_cores(loop: Any, *arrays: Any) -> None:
+    """Numba tells OpenMP how many threads it wants, and torch on the same thread would follow: a request that asked for
+    one thread waits for the others at every layer from then on. So torch's number is put back.
+    """
+    before = torch.get_num_threads()
+    loop(*arrays)
+    torch.set_num_threads(before)
