@@ -1,12 +1,13 @@
 """Bad tables: the error names the file, the column, the row and what is allowed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from assay_features.definitions import FeaturePlan, Window
-from assay_features.schema import FraudSchema, RecommendSchema
+from assay_features.schema import ACCOUNT, Account, FraudSchema, RecommendSchema
 from assay_pipelines.datasets import table
 from assay_pipelines.datasets.table import count_rows, load_newest, load_table
 from assay_platform.errors import DataError
@@ -15,6 +16,8 @@ SCHEMA = FraudSchema(
     id="id", timestamp="t", label="y", amount="a", entities=("card",), numeric=("a",), categorical=("kind",)
 )
 PLAN = FeaturePlan((Window(entity="card", aggregate="sum", column="a", length_s=60),))
+WITH_ACCOUNTS = replace(SCHEMA, numeric=("a", "spent"), account=Account(total="spent", within=("card",)))
+PLAN_OF_ACCOUNTS = FeaturePlan((*PLAN.definitions, Window(entity=ACCOUNT, aggregate="count", length_s=60)))
 GOOD = pd.DataFrame(
     {
         "id": ["1", "2", "3"],
@@ -42,9 +45,10 @@ def test_rows_come_back_in_order_of_time(tmp_path: Path, name: str) -> None:
     assert events.time_us.tolist() == [1_000_000, 2_000_000, 3_000_000]
 
 
+@pytest.mark.parametrize(("schema", "plan"), [(SCHEMA, PLAN), (WITH_ACCOUNTS, PLAN_OF_ACCOUNTS)])
 @pytest.mark.parametrize("name", ["events.csv", "events.parquet"])
 def test_the_newest_rows_read_in_chunks_are_those_of_the_whole_table(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, schema: FraudSchema, plan: FeaturePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "_ROWS_A_CHUNK", 7)
     rng = np.random.default_rng(0)
@@ -52,10 +56,10 @@ def test_the_newest_rows_read_in_chunks_are_those_of_the_whole_table(
     frame = pd.DataFrame({
         "id": [f"e{i}" for i in range(num)], "t": rng.integers(0, 60, num), "y": rng.integers(0, 2, num),
         "card": rng.choice(np.array(["a", "b", None], dtype=object), num), "a": rng.normal(size=num).round(2),
-        "kind": rng.choice(["p", "q"], num),
+        "kind": rng.choice(["p", "q"], num), "spent": rng.integers(0, 4, num),
     })  # fmt: skip
     path = written(tmp_path, frame, name)
-    whole, part = load_table(path, SCHEMA), load_newest(path, SCHEMA, PLAN, 30)
+    whole, part = load_table(path, schema), load_newest(path, schema, plan, 30)
     assert count_rows(path) == num
     assert part.fingerprint == whole.fingerprint
     for held, found in ((whole.events.take(slice(num - 30, None)), part.events), (whole.history, part.history)):

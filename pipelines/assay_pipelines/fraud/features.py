@@ -20,7 +20,7 @@ from assay_features.definitions import (
 )
 from assay_features.events import Reports
 from assay_features.reports import fraud_share, reports_of, ring
-from assay_features.schema import FraudSchema
+from assay_features.schema import ACCOUNT, FraudSchema
 from assay_platform.errors import InputError
 
 _NUM_CROSSED, _MAX_PAIRS = 3, 6
@@ -61,8 +61,11 @@ def _reported(schema: FraudSchema, reports: Reports) -> Iterator[Definition]:
     for entity in who:
         for length_s in (30 * DAY_S, 180 * DAY_S):
             yield from fraud_share(entity, reports, length_s)
-        # Without a delay there is no share that it could be told with.
-        if reports.delay_s and schema.entities and schema.entities[0] not in entity_columns(entity):
+        # Without a delay there is no share that it could be told with; and what an account is known by is always one.
+        same = entity_columns(entity)
+        if schema.account is not None and ACCOUNT in same:
+            same = (*same, *schema.account.within)
+        if reports.delay_s and schema.entities and schema.entities[0] not in same:
             yield ring(entity, reports, schema.entities[0], 30 * DAY_S)
         if schema.amount in entity_columns(entity):
             for length_s in (DAY_S, 7 * DAY_S):
