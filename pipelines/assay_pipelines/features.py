@@ -299,7 +299,7 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
     with reporter.stage("discover", "Search for features") as stage:
         found = discover(
             events,
-            entities=schema.entities,
+            entities=(*schema.entities, *schema.worked_out),
             numeric=schema.numeric,
             categorical=schema.categorical,
             amount=schema.amount,
