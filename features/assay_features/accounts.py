@@ -14,10 +14,12 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from assay_features.definitions import FeaturePlan, Latest
 from assay_features.events import KEY_SEPARATOR, Events, Keys, canonical_key, key_column
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # Feast takes seconds to import, and who reads a table needs 
 _LINK = "account_link"
 # Totals are added up by somebody else, and no currency has more.
 _DECIMALS = 3
+_MAX_UNITS = 2.0**62
+Bits = NDArray[np.uint64]
 # N keys of what is followed, when → account numbers that strictly earlier events left there, NaN without one.
 Known = Callable[[list[str | None], Times], Floats]
 
@@ -89,16 +93,30 @@ class AccountLinks:
     def of(self, events: Events) -> Events:
         """What events with accounts leave for those that follow."""
         numbers = np.array([math.nan if key is None else float(key) for key in events.keys[ACCOUNT]], dtype=np.float64)
-        return Events(events.time_us, {_LINK: self._links(events).after}, {ACCOUNT: numbers}, ids=events.ids)
+        _, after = self._totals(events)
+        left = _keys(after, self._within(events))
+        return Events(events.time_us, {_LINK: left}, {ACCOUNT: numbers}, ids=events.ids)
 
     def _links(self, events: Events) -> _Links:
-        before, amount = events.numbers[self.total], events.numbers[self.amount]
-        within = [key_column(events, name) for name in self.within]
+        within = self._within(events)
+        before, after = self._totals(events)
+        first = _mixed(within, events.time_us.astype(np.uint64))
         return _Links(
             _keys(np.where(np.round(before, _DECIMALS) > 0, before, np.nan), within),
-            _keys(np.where(amount > 0, before + amount, np.nan), within),
-            _keys(before, within, events.time_us.tolist()),
+            _keys(after, within),
+            _keys(before, first),
         )
+
+    def _totals(self, events: Events) -> tuple[Floats, Floats]:
+        """Before and after each payment; NaN after none of an amount."""
+        before, amount = events.numbers[self.total], events.numbers[self.amount]
+        return before, np.where(amount > 0, before + amount, np.nan)
+
+    def _within(self, events: Events) -> Bits:
+        """(N,) what stays the same for an account, as a number."""
+        columns = [key_column(events, name) for name in self.within]
+        parts = zip(*columns, strict=True) if columns else repeat((), len(events))
+        return np.fromiter(map(_number_of, parts), dtype=np.uint64, count=len(events))
 
 
 class AccountStream:
@@ -168,13 +186,26 @@ def columns_read(plan: FeaturePlan, schema: Schema) -> tuple[tuple[str, ...], tu
     )
 
 
-def _keys(totals: Floats, within: list[Keys], times: list[int] | None = None) -> Keys:
+@lru_cache(maxsize=100_000)
+def _number_of(parts: tuple[str | None, ...]) -> int:
+    text = KEY_SEPARATOR.join("" if part is None else part for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _keys(totals: Floats, within: Bits) -> Keys:
     """(N,) a number of 52 bits, exact as a float, as text; None where the total is missing."""
+    has = ~np.isnan(totals)
+    units = np.rint(np.where(has, totals, 0.0) * 10**_DECIMALS).clip(-_MAX_UNITS, _MAX_UNITS).astype(np.int64)
     out = np.empty(len(totals), dtype=object)
-    rest = within if times is None else [*within, times]
-    for i, (total, *parts) in enumerate(zip(totals.tolist(), *rest, strict=True)):
-        if not math.isnan(total):
-            texts = [f"{total:.{_DECIMALS}f}", *("" if part is None else str(part) for part in parts)]
-            digest = hashlib.blake2b(KEY_SEPARATOR.join(texts).encode(), digest_size=8).digest()
-            out[i] = str(int.from_bytes(digest) >> 12)
+    out[:] = list(map(str, (_mixed(within, units.view(np.uint64)) >> np.uint64(12)).tolist()))
+    out[~has] = None
     return out
+
+
+def _mixed(first: Bits, second: Bits) -> Bits:
+    """One number of two, by the finalizer of SplitMix64 (Steele, Lea and Flood, 2014): the same in every process."""
+    mixed: Bits = first + np.uint64(0x9E3779B97F4A7C15) * (second + np.uint64(1))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed

@@ -44,7 +44,7 @@ class EntityStates:
             | {
                 "event_timestamp": pa.array(self.time_us, pa.timestamp("us", tz="UTC")),
                 "state": pa.array([row.astype("<f8", copy=False).tobytes() for row in self.states], pa.binary()),
-                "sequence": pa.array([json.dumps(s).encode() for s in self.sequences], pa.binary()),
+                "sequence": pa.array([_packed(s) for s in self.sequences], pa.binary()),
             }
         )
 
@@ -74,6 +74,14 @@ class RecentValues(NamedTuple):
         times = (*self.time_us[:place], time_us, *self.time_us[place:])
         values = (*self.values[:place], value, *self.values[place:])
         return RecentValues(times[-length:], values[-length:])
+
+
+_NO_VALUES = json.dumps(RecentValues()).encode()
+
+
+def _packed(sequence: RecentValues) -> bytes:
+    """Most entities have no sequence, and there are many of them."""
+    return json.dumps(sequence).encode() if sequence.values else _NO_VALUES
 
 
 class _Grouped(NamedTuple):
