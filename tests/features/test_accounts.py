@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,12 +124,12 @@ def test_an_account_is_an_entity_as_others_are() -> None:
     assert features_at(FeaturePlan((count,)), events, events)[count.name].tolist() == [0, 0, 1, 1, 2]
 
 
-def schema(**changes: object) -> FraudSchema:
-    given: dict[str, object] = {
+def schema(**changes: Any) -> FraudSchema:
+    given: dict[str, Any] = {
         "timestamp": "t", "label": "fraud", "amount": "amount", "numeric": ("amount", "spent"), "entities": ("card",),
         "account": Account(total="spent", within=("card",)),
     }  # fmt: skip
-    return FraudSchema(**{**given, **changes})  # type: ignore[arg-type]
+    return FraudSchema(**{**given, **changes})
 
 
 def test_a_plan_of_accounts_reads_what_they_are_known_by() -> None:
@@ -146,6 +147,6 @@ def test_a_plan_of_accounts_reads_what_they_are_known_by() -> None:
         ({"entities": ("card", "account")}, "has a column 'account' already"),
     ],
 )
-def test_an_account_that_nothing_tells_is_refused(changes: dict[str, object], named: str) -> None:
+def test_an_account_that_nothing_tells_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SchemaError, match=named):
         schema(**changes)
