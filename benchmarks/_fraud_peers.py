@@ -233,7 +233,7 @@ def train_tabm(params: Params, table: Table, train: Rows, held: Rows | None, rou
 
     best, best_epoch, best_state = -1.0, 0, None
     index = torch.from_numpy(train)
-    for epoch in range(1, (rounds or 16) + 1):
+    for epoch in range(1, (rounds or 40) + 1):
         model.train()
         for part in index[torch.randperm(len(index), generator=generator)].to(device).split(1024):
             logits_NK = forward(part)

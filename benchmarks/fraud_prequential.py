@@ -5,7 +5,7 @@ all three before any of them may learn from it, and a payment's label is known a
 that are new in every score. Undefended. Average precision and recall at each model's own threshold, means over weeks;
 seconds are those of all weeks together.
 
-    assay bench fraud_prequential [--json] [--rows N] [--seeds N] [--data FOLDER]
+    assay bench fraud_prequential [--json] [--rows N] [--seeds 0,1,2] [--data FOLDER]
 """
 
 import argparse
@@ -86,11 +86,11 @@ def main() -> None:
     """All seeds, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
     parser.add_argument("--data")
     call, _ = parser.parse_known_args()
     prepared = Prepared(ieee_options(call, constraints=Constraints()), Reporter(), publish=False)
-    runs = [weeks(prepared, seed) for seed in range(call.seeds)]
+    runs = [weeks(prepared, seed) for seed in call.seeds]
     rows = []
     for metric in ("average_precision", "recall_at_threshold", "fpr_at_threshold", "ece"):
         means = {side: [float(np.mean([m[metric] for m in found[side]])) for found, _ in runs] for side in SIDES}
