@@ -2,8 +2,8 @@
 
 Two entities, an amount, four numbers, a category; one payment in five thousand is a fraud: cards that were taken over
 pay several times within days, more than usual and at stores that draw frauds. The newest tenth is the test period.
-Beside ours LightGBM on the table's own columns, with the defaults that the pipeline's baseline starts from. Memory is the
-peak of the whole process.
+Beside ours LightGBM on the table's own columns, with the defaults that the pipeline's baseline starts from. Memory is
+the peak of the whole process.
 
     assay bench fraud_large [--json] [--rows N] [--keep FOLDER]
 """

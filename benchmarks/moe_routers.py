@@ -31,15 +31,16 @@ from assay_pipelines.recommend.pipeline import Prepared
 from assay_pipelines.recommend.train import (
     DEFAULTS,
     RankerTraining,
-    item_vectors,
-    make_snapshots,
-    train_encoder,
+    Recipe,
+    fit_sources,
+    make_lists,
     train_ranker,
 )
 from assay_platform.config import load_config
 from assay_platform.models.encoding import fit_encoder
 from assay_platform.models.fraud import FraudNet, FraudNetConfig
-from assay_platform.models.recommender import GraphScorer, RankerConfig, Recommender
+from assay_platform.models.item_regression import RegressionConfig
+from assay_platform.models.recommender import Recommender
 from assay_platform.moe import ROUTERS, BackboneConfig, MoELayer
 from assay_platform.moe.router import count_choices
 from assay_platform.monitoring.routing import RoutingMonitor
@@ -190,29 +191,26 @@ class Recommend:
             table=folder / EVENTS, schema=schema, schema_folder=folder, model_name="routers",
         )  # fmt: skip
         self.prepared = prepared = Prepared(options, Reporter())
-        self.store = prepared.store_features(prepared.parts.fit, every_day=True)
-        encoder = train_encoder(prepared.fit, DEFAULTS, seed=options.seed)
-        self.vectors = item_vectors(encoder, prepared.fit)
-        full = RankerConfig(vector_width=int(DEFAULTS["width"]), num_store_features=len(prepared.plan.numeric_names))
-        self.config = full
-        self.snapshots = make_snapshots(
-            self.vectors, prepared.holdouts(self.store), DEFAULTS, full, prepared.facts, self.store.values_MIF,
-            repeats=schema.split.repeats, seed=options.seed,
-        )  # fmt: skip
+        repeats = schema.split.repeats
+        recipe = Recipe(
+            graph=DEFAULTS, regression=RegressionConfig(), facts=prepared.facts, repeats=repeats, graph_weight=0.5
+        )
+        self.config = prepared.ranker_config
+        self.sources = fit_sources(prepared.fit, recipe, seed=options.seed)
+        self.store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
+        self.lists = make_lists(prepared.holdouts(prepared.parts.fit), recipe, self.config, seed=options.seed)
 
     def train_one(self, variant: str, seed: int) -> Outcome:
         """From scratch to the test part."""
         config = replace(self.config, backbone=shaped(self.config.backbone, variant))
-        ranker, monitor = train_ranker(self.snapshots, config, seed=seed, training=RankerTraining())
+        ranker, monitor = train_ranker(self.lists, config, seed=seed, training=RankerTraining())
         prepared = self.prepared
         model = Recommender(
-            ranker=ranker, config=config, users=prepared.users, items=prepared.items,
-            scorer=GraphScorer(prepared.fit, self.vectors, prepared.facts), facts=prepared.facts,
-            store_features_IF=np.ascontiguousarray(self.store.values_MIF[-1]),
-            repeats=prepared.schema.split.repeats,
+            ranker=ranker, config=config, users=prepared.users, items=prepared.items, histories=prepared.fit,
+            sources=self.sources, store_features_IF=self.store_IF, repeats=prepared.schema.split.repeats,
         )  # fmt: skip
-        top, _ = model.rank(prepared.fit, num=20, excluded=None if model.repeats else prepared.train)
-        quality = ranking_metrics(top, prepared.test, prepared.fit)["ndcg_at_10"]
+        top, _ = model.rank(prepared.fit, num=20, excluded=None if model.repeats else prepared.train_matrix)
+        quality = ranking_metrics(top, prepared.test, prepared.fit_matrix)["ndcg_at_10"]
         return Outcome(quality, *balance_of(monitor), None)
 
 

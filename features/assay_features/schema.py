@@ -6,6 +6,7 @@ TOML → `FraudSchema` or `RecommendSchema`. The file format is part of the publ
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +25,20 @@ class Split:
     """How rows are divided.
 
     train, validation: fractions of all rows; what is left is the test part. Rows are taken in time order.
-    protocol, repeats: recommendation only.
+    protocol, repeats: recommendation only. validation_from, test_from: moments in ISO 8601 instead of fractions, for
+    recommendation by time.
     """
 
     train: float = 0.7
     validation: float = 0.1
     protocol: Protocol = "temporal"
     repeats: bool = False
+    validation_from: str | None = None
+    test_from: str | None = None
 
     def __post_init__(self) -> None:
+        if self.moments_us is not None and self.protocol != "temporal":
+            raise SchemaError(f"[split] validation_from and test_from need protocol 'temporal', not {self.protocol!r}")
         if not 0 < self.train < 1 or not 0 < self.validation < 1 or self.train + self.validation >= 1:
             raise SchemaError(
                 f"[split] train = {self.train}, validation = {self.validation}: both must be above 0 and "
@@ -40,6 +46,27 @@ class Split:
             )
         if self.protocol not in ("temporal", "random", "leave-last-out"):
             raise SchemaError(f"[split] protocol = {self.protocol!r}; allowed are temporal, random, leave-last-out")
+
+    @property
+    def moments_us(self) -> tuple[int, int] | None:
+        """Where validation and test begin, if moments say so.
+
+        Raises:
+            SchemaError: only one of the two is given, one is no moment, or they are the wrong way round.
+        """
+        if self.validation_from is None and self.test_from is None:
+            return None
+        found = []
+        for name in ("validation_from", "test_from"):
+            text = getattr(self, name)
+            try:
+                moment = datetime.fromisoformat(str(text))
+            except ValueError as error:
+                raise SchemaError(f"[split] {name} = {text!r}; both must be moments, such as '2017-12-01'") from error
+            found.append(round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1e6))
+        if found[0] >= found[1]:
+            raise SchemaError(f"[split] validation_from = {self.validation_from!r} is not before test_from")
+        return found[0], found[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +260,8 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     if kind == "fraud":
         if "items" in document:
             raise SchemaError("[items] belongs to kind = 'recommend'")
+        if split.moments_us is not None:
+            raise SchemaError("[split] validation_from and test_from belong to kind = 'recommend'")
         labels = _typed("[labels]", _table(document, "labels"), {"delay_days": _NUMBER})
         return FraudSchema(
             **_typed("[columns]", columns, _FRAUD, ("timestamp", "label")),
@@ -257,7 +286,8 @@ def schema_to_dict(schema: Schema) -> dict[str, Any]:
     flat: dict[str, Any] = {
         k: list(v) if isinstance(v, tuple) else v for k, v in asdict(schema).items() if v is not None
     }
-    document: dict[str, Any] = {"kind": flat.pop("kind"), "split": flat.pop("split")}
+    split = {name: value for name, value in flat.pop("split").items() if value is not None}
+    document: dict[str, Any] = {"kind": flat.pop("kind"), "split": split}
     if isinstance(schema, FraudSchema):
         delay_days, limits = flat.pop("label_delay_days", None), schema.constraints
         flat |= {"groups": [list(group) for group in schema.groups]}
@@ -293,7 +323,10 @@ _CONSTRAINTS = {
 }  # fmt: skip
 _RECOMMEND = {"user": _STRING, "item": _STRING, "timestamp": _STRING, "weight": _STRING}
 _ITEMS = {"path": _STRING, "id": _STRING, "text": _STRINGS, "categorical": _STRINGS}
-_SPLIT = {"train": _NUMBER, "validation": _NUMBER, "protocol": _STRING, "repeats": _FLAG}
+_SPLIT = {
+    "train": _NUMBER, "validation": _NUMBER, "protocol": _STRING, "repeats": _FLAG, "validation_from": _STRING,
+    "test_from": _STRING,
+}  # fmt: skip
 
 
 def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -69,7 +69,7 @@ class OnlineRows(NamedTuple):
     """What is known for N requests."""
 
     values: dict[str, Floats]  # feature name → (N,)
-    sequences: dict[Entity, list[list[str]]]  # entity → N sequences, oldest first
+    sequences: dict[Entity, list[RecentValues]]  # entity → N of them, oldest value first
 
 
 def state_view(plan: FeaturePlan, entity: Entity) -> str:
@@ -182,18 +182,18 @@ class EventStream:
             asked += self._entities[entity].record_keys(distinct)
         records = self._store.get_many(asked)
         out: dict[str, Floats] = {}
-        sequences: dict[Entity, list[list[str]]] = {}
+        sequences: dict[Entity, list[RecentValues]] = {}
         for entity, values in keys.items():
             held, place = self._entities[entity], places[entity]
             asked_of = [(i, place[value]) for i, value in enumerate(values) if value is not None]
             features = np.full((len(values), len(held.layout.names)), np.nan)
-            found: list[list[str]] = [[] for _ in values]
+            found = [RecentValues()] * len(values)
             if asked_of:
                 rows = [i for i, _ in asked_of]
                 states, recent = held.unpack([records[at] for _, at in asked_of])
                 features[rows] = held.layout.apply(states, moments[rows])
                 for i, one in zip(rows, recent, strict=False):
-                    found[i] = list(one.values)
+                    found[i] = one
             out.update(zip(held.layout.names, features.T, strict=True))
             if held.sequence is not None:
                 sequences[entity] = found

@@ -73,10 +73,10 @@ class ItemFeatures:
             self._cached = None
         return report
 
-    def recent(self, user_column: str, user: str) -> list[str]:
-        """Items of a user's newest events, oldest first."""
-        found = self._online.read({user_column: [user]}, [0])
-        return found.sequences.get(user_column, [[]])[0]
+    def recent(self, user_column: str, user: str) -> list[tuple[int, str]]:
+        """Time and item of a user's newest events, oldest first."""
+        found = self._online.read({user_column: [user]}, [0]).sequences.get(user_column, [])
+        return [pair for recent in found for pair in zip(recent.time_us, recent.values, strict=True)]
 
 
 class ItemRecommender:
@@ -99,7 +99,8 @@ class ItemRecommender:
             raise ArtifactError(f"{folder}: features.json holds a schema for {schema.kind!r}")
         loaded = ItemRecommender(Recommender.load(folder), schema, FeaturePlan.from_dict(companion["plan"]), repository)
         model = loaded._model
-        model.recommend(np.zeros(1, dtype=np.int64), k=1, exclude=_NOTHING, store_features_IF=loaded._features.at(None))
+        history = model.history("", [(0, model.items[0])])
+        model.recommend(history, k=1, exclude=_NOTHING, store_features_IF=loaded._features.at(None))
         return loaded
 
     def recommend(
@@ -123,19 +124,21 @@ class ItemRecommender:
             except ValueError as error:
                 raise DataError(f"context.timestamp: {error}") from error
         features_IF = self._features.at(time_us)
-        history = self._model.history(user, self._features.recent(self.schema.user, user))
+        recent = self._features.recent(self.schema.user, user)
+        history = self._model.history(user, recent, now_us=time_us)
+        taken = np.unique(history.item)
         leave_out = (not self._model.repeats) if exclude_seen is None else exclude_seen
-        excluded = history if leave_out else _NOTHING
-        if not len(history):
+        excluded = taken if leave_out else _NOTHING
+        if not len(taken):
             ranked = self._model.popular(k, excluded, self._features.popularity(features_IF))
             return self._items(ranked, _NOTHING), True
         ranked = self._model.recommend(history, k=k, exclude=excluded, store_features_IF=features_IF)
-        return self._items(ranked, history), False
+        return self._items(ranked, taken), False
 
-    def _items(self, ranked: Ranked, history: NDArray[np.int64]) -> list[RecommendedItem]:
+    def _items(self, ranked: Ranked, taken: NDArray[np.int64]) -> list[RecommendedItem]:
         out = []
         for item, score in zip(ranked.items, ranked.scores, strict=True):
-            near = self._model.nearest_in_history(item, history)
+            near = self._model.nearest_in_history(item, taken)
             if near is None:
                 reason = "much in demand now"
             elif near == item:

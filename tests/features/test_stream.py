@@ -91,7 +91,7 @@ def assert_same(stream: EventStream, events: Events, *, at_s: float = 5000) -> N
             np.testing.assert_allclose(read.values[name], expected, rtol=1e-9, atol=1e-9, err_msg=name)
         if PLAN.sequence_of(entity) is not None:
             batch = final_states(one, entity, events)
-            expected_by_key = {key: list(s.values) for key, s in zip(batch.keys, batch.sequences, strict=True)}
+            expected_by_key = dict(zip(batch.keys, batch.sequences, strict=True))
             assert dict(zip(known, read.sequences[entity], strict=True)) == expected_by_key
 
 

@@ -1,31 +1,49 @@
-"""The recommender's promises about lists."""
+"""The recommender's promises about lists, and what its sources count, against obvious calculations."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from assay_platform.errors import ArtifactError
+from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, Histories, OwnPast
+from assay_platform.models.item_regression import RegressionConfig, fit_item_regression, together
 from assay_platform.models.recommender import (
-    GraphScorer,
+    PAIR_FEATURES,
     ItemFacts,
+    ItemPast,
     ItemVectors,
     PairRanker,
     RankerConfig,
     Recommender,
+    Sources,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NUM_USERS, NUM_ITEMS, WIDTH = 30, 50, 8
+END_US = 100 * DAY_US
 
 
-@pytest.fixture
-def recommender() -> Recommender:
+def made_up(num_events: int, *, seed: int = 0, num_users: int = NUM_USERS, num_items: int = NUM_ITEMS) -> Histories:
+    rng = np.random.default_rng(seed)
+    return Histories.of(
+        rng.integers(0, num_users, num_events), rng.integers(0, num_items, num_events),
+        rng.integers(0, END_US, num_events), num_users=num_users, now_us=END_US, liked=rng.random(num_events) < 0.6,
+    )  # fmt: skip
+
+
+def model_of(histories: Histories, *, repeats: bool, **changes: object) -> Recommender:
     rng = np.random.default_rng(0)
-    graph = sp.csr_matrix((rng.random((NUM_USERS, NUM_ITEMS)) < 0.2).astype(np.float32))
     vectors = ItemVectors(
         rng.normal(size=(NUM_ITEMS, WIDTH)).astype(np.float32), np.zeros(NUM_ITEMS, dtype=np.float32), 1.0
     )
     facts = ItemFacts(tuple(f"item {i}" for i in range(NUM_ITEMS)), np.zeros((NUM_ITEMS, 1), dtype=np.float32))
+    regression = fit_item_regression(histories, NUM_ITEMS, RegressionConfig(penalty=5.0))
+    liked = fit_item_regression(histories.where(histories.liked), NUM_ITEMS, RegressionConfig(penalty=5.0))
     torch.manual_seed(0)
-    config = RankerConfig(vector_width=WIDTH)
+    config = RankerConfig(**changes)  # type: ignore[arg-type]
     ranker = PairRanker(config)
     torch.nn.init.normal_(ranker.head.weight, std=5.0)  # an order of its own
     return Recommender(
@@ -33,20 +51,26 @@ def recommender() -> Recommender:
         config=config,
         users=[f"u{u}" for u in range(NUM_USERS)],
         items=[f"i{i}" for i in range(NUM_ITEMS)],
-        scorer=GraphScorer(graph, vectors, facts),
-        facts=facts,
+        histories=histories,
+        sources=Sources(regression, liked, vectors, ItemPast.of(histories, NUM_ITEMS), facts),
         store_features_IF=np.zeros((NUM_ITEMS, 0), dtype=np.float32),
-        repeats=False,
+        repeats=repeats,
     )
+
+
+@pytest.fixture(scope="module")
+def recommender() -> Recommender:
+    return model_of(made_up(300), repeats=False)
 
 
 @pytest.mark.parametrize("k", [5, 50])
 def test_an_excluded_item_is_never_recommended_even_from_a_small_catalogue(recommender: Recommender, k: int) -> None:
     for user in range(NUM_USERS):
         history = recommender.history(f"u{user}")
-        ranked = recommender.recommend(history, k=k, exclude=history)
-        assert not set(ranked.items) & set(history.tolist())
-        assert len(ranked.items) == min(k, NUM_ITEMS - len(history))
+        seen = np.unique(history.item)
+        ranked = recommender.recommend(history, k=k, exclude=seen)
+        assert not set(ranked.items) & set(seen.tolist())
+        assert len(ranked.items) == min(k, NUM_ITEMS - len(seen))
         assert len(set(ranked.items)) == len(ranked.items)
         assert np.isfinite(ranked.scores).all()
         assert ranked.scores == sorted(ranked.scores, reverse=True)
@@ -54,7 +78,137 @@ def test_an_excluded_item_is_never_recommended_even_from_a_small_catalogue(recom
 
 def test_full_ranking_puts_excluded_items_last(recommender: Recommender) -> None:
     seen = sp.csr_matrix((np.ones(3), ([0, 0, 1], [4, 7, 9])), (2, NUM_ITEMS), dtype=np.float32)
-    top, score = recommender.rank(seen, num=NUM_ITEMS, excluded=seen)
+    histories = Histories.of(np.array([0, 0, 1]), np.array([4, 7, 9]), np.array([1, 2, 3]), num_users=2, now_us=END_US)
+    top, score = recommender.rank(histories, num=NUM_ITEMS, excluded=seen)
     assert set(top[0, -2:].tolist()) == {4, 7}
     assert top[1, -1] == 9
     assert np.isneginf(score[0, -2:]).all()
+
+
+def test_one_user_gets_what_a_batch_gets(recommender: Recommender) -> None:
+    histories = made_up(300)
+    top, score = recommender.rank(histories, num=10, excluded=None)
+    for user in range(NUM_USERS):
+        alone, alone_score = recommender.rank(recommender.history(f"u{user}"), num=10, excluded=None)
+        np.testing.assert_array_equal(alone[0], top[user])
+        np.testing.assert_allclose(alone_score[0], score[user], atol=1e-3)
+
+
+def test_where_items_are_taken_again_a_users_own_are_among_the_candidates() -> None:
+    histories = made_up(200)
+    model = model_of(histories, repeats=True, num_candidates=20)
+    found = model._sources.candidates(
+        histories, 20, np.zeros((NUM_ITEMS, 0), dtype=np.float32), repeats=True, excluded=None
+    )
+    for user in range(NUM_USERS):
+        own = set(histories.part(user, user + 1).item.tolist())
+        assert own <= set(found.item[user].tolist())
+        assert set(found.item[user, : len(own)].tolist()) == own
+
+
+def test_new_events_count_and_what_is_known_counts_once(recommender: Recommender) -> None:
+    known = recommender.history("u0")
+    again = [(int(t), f"i{i}") for t, i in zip(known.time_us, known.item, strict=True)]
+    same = recommender.history("u0", again)
+    np.testing.assert_array_equal(same.item, known.item)
+    newer = recommender.history("u0", [*again, (END_US + 5, "i3"), (END_US + 6, "never heard of")])
+    assert newer.item[-1] == 3
+    assert newer.now_us[0] == END_US + 6
+    earlier = recommender.history("u0", [*again, (END_US + 5, "i3")], now_us=50 * DAY_US)
+    assert (earlier.time_us < 50 * DAY_US).all()
+    assert len(earlier.item) < len(known.item)
+
+
+def test_saved_and_loaded_it_answers_alike_and_refuses_unknown_features(
+    recommender: Recommender, tmp_path: Path
+) -> None:
+    recommender.save(tmp_path / "model", {})
+    loaded = Recommender.load(tmp_path / "model")
+    for user in ("u0", "u7", "unknown"):
+        assert loaded.recommend_known(user, k=7) == recommender.recommend_known(user, k=7)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"log_popularity"', '"something"'))
+    with pytest.raises(ArtifactError, match="something"):
+        Recommender.load(tmp_path / "model")
+
+
+def test_a_ranker_of_few_features_ignores_the_others() -> None:
+    histories = made_up(300)
+    model = model_of(histories, repeats=False, features=("log_popularity",))
+    top, score = model.rank(histories, num=10, excluded=None)
+    takers = ItemPast.of(histories, NUM_ITEMS).takers
+    for user in range(NUM_USERS):
+        by_takers = {takers[item]: value for item, value in zip(top[user], score[user], strict=True)}
+        np.testing.assert_allclose([by_takers[takers[item]] for item in top[user]], score[user], atol=1e-6)
+
+
+# ---------------------------------------------------------------------- what is counted
+
+events = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 40)), max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(events)
+def test_a_users_own_past_equals_a_loop(rows: list[tuple[int, int, int]]) -> None:
+    user, item, half_day = (
+        (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+        if rows
+        else [np.zeros(0, dtype=np.int64)] * 3
+    )
+    now_us = 30 * DAY_US
+    histories = Histories.of(user, item, half_day * DAY_US // 2, num_users=4, now_us=now_us)
+    candidates = np.tile(np.arange(5), (4, 1))
+    features = OwnPast(histories, 5).features(candidates)
+    column = {name: features[..., i] for i, name in enumerate(OWN_FEATURES)}
+    for u in range(4):
+        for i in range(5):
+            times = sorted(t / 2 for v, j, t in rows if (v, j) == (u, i))
+            first_of_day = {int(t): t for t in reversed(times)}
+            assert column["own_days"][u, i] == pytest.approx(np.log1p(len(first_of_day)), abs=1e-5)
+            for half_life in HALF_LIVES_D:
+                decayed = sum(0.5 ** ((30 - t) / half_life) for t in first_of_day.values())
+                assert column[f"own_decayed_{half_life:g}d"][u, i] == pytest.approx(np.log1p(decayed), abs=1e-5)
+            last = 30 - times[-1] if times else 1000.0
+            assert column["own_days_since_last"][u, i] == pytest.approx(np.log1p(last), abs=1e-5)
+            first = 30 - times[0] if times else 1000.0
+            assert column["own_days_since_first"][u, i] == pytest.approx(np.log1p(first), abs=1e-5)
+
+
+def test_items_close_in_time_are_counted_as_a_loop_does() -> None:
+    histories = made_up(120, num_users=5, num_items=12).once()
+    closeness_s = 2 * 86_400.0
+    expected = np.zeros((12, 12))
+    for user in range(5):
+        part = histories.part(user, user + 1)
+        for a in range(len(part.item)):
+            for b in range(a + 1, len(part.item)):
+                gap = (part.time_us[b] - part.time_us[a]) / 1e6
+                if gap < 5 * closeness_s:
+                    expected[part.item[a], part.item[b]] += np.exp(-gap / closeness_s)
+    np.testing.assert_allclose(together(histories, 12, closeness_s).toarray(), expected + expected.T, atol=1e-6)
+
+
+def test_the_regression_without_time_is_ease_with_users_weighed() -> None:
+    histories = made_up(400)
+    taken = histories.matrix(NUM_ITEMS).toarray().astype(np.float64)
+    length = taken.sum(1)
+    gram = taken.T @ (taken * np.sqrt(length[length > 0].mean() / np.maximum(length, 1))[:, None]) + 20.0 * np.eye(
+        NUM_ITEMS
+    )
+    inverse = np.linalg.inv(gram)
+    expected = inverse / -np.diag(inverse)
+    np.fill_diagonal(expected, 0.0)
+    found = fit_item_regression(histories, NUM_ITEMS, RegressionConfig(penalty=20.0, closeness_s=0.0))
+    np.testing.assert_allclose(found.weights.toarray(), expected, atol=1e-5)
+    assert found.weights.diagonal().max() == 0
+
+
+def test_histories_keep_the_first_time_of_each_item() -> None:
+    histories = Histories.of(
+        np.array([1, 0, 1, 1]), np.array([2, 2, 2, 0]), np.array([30, 20, 10, 40]), num_users=2, now_us=50
+    )
+    once = histories.once()
+    assert once.start.tolist() == [0, 1, 3]
+    assert once.item.tolist() == [2, 2, 0]
+    assert once.time_us.tolist() == [20, 10, 40]
+    assert len(PAIR_FEATURES) == len(set(PAIR_FEATURES))

@@ -196,7 +196,7 @@ def _complete_journey_schema(folder: Path) -> Schema:
             text=("product_type",),
             categorical=("department", "brand"),
         ),
-        split=Split(train=0.82, validation=0.09, protocol="temporal", repeats=True),
+        split=Split(validation_from="2017-11-01", test_from="2017-12-01", protocol="temporal", repeats=True),
     )
 
 

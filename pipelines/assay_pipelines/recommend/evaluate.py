@@ -1,42 +1,99 @@
 """How good ranked lists are: full ranking, never sampled."""
 
+# N users with something to find, D places of a list
+
+from typing import NamedTuple
+
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 DEPTH = 20
+_SHOWN = 10
+_DRAWS = 1000
+Lists = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 
-def ranking_metrics(top_ND: NDArray[np.int64], test: sp.csr_matrix, train: sp.csr_matrix) -> dict[str, float]:
-    """Metrics of the contract.
+class Hits(NamedTuple):
+    """Which places of whose lists are right. user (N,): rows of the lists. hit (N, D). wanted (N,): how many items."""
 
-    top_ND: at least 20 item indices a user, best first; the row of a user. test: (U, I) 0/1, what was taken in
-    the test part. train: (U, I) 0/1. Users without a test item do not count.
+    user: NDArray[np.intp]
+    hit: Flags
+    wanted: NDArray[np.int64]
 
-    coverage: fraction of items in anybody's first 10. novelty: mean -log2 of the fraction of users who had an
-    item. diversity: 1 - mean cosine, between the items of a list, of who took them in training.
+    @staticmethod
+    def of(top: Lists, test: sp.csr_matrix) -> "Hits":
+        """top: item indices, best first; the row of a user. test (U, I) 0/1. Users without a test item are left out."""
+        wanted = np.diff(test.indptr)
+        user = np.flatnonzero(wanted)
+        rows = test[user]
+        lists = top[user, :DEPTH]
+        hit = [np.asarray(rows[np.arange(len(user)), lists[:, d]]).ravel() > 0 for d in range(lists.shape[1])]
+        return Hits(user, np.stack(hit, axis=1), wanted[user])
+
+    def of_users(self, chosen: Flags) -> "Hits":
+        """Those of some users. chosen (U,)."""
+        kept = chosen[self.user]
+        return Hits(self.user[kept], self.hit[kept], self.wanted[kept])
+
+    def ndcg(self) -> Floats:
+        """(N,) NDCG@10."""
+        hit = self.hit[:, :_SHOWN]
+        discount = 1.0 / np.log2(np.arange(2, 2 + _SHOWN))
+        ideal = np.cumsum(discount)[np.minimum(self.wanted, _SHOWN) - 1]
+        return np.asarray((hit * discount[: hit.shape[1]]).sum(1) / ideal)
+
+    def recall(self, depth: int) -> Floats:
+        """(N,) part of what was wanted."""
+        return np.asarray(self.hit[:, :depth].sum(1) / self.wanted)
+
+    def reciprocal_rank(self) -> Floats:
+        """(N,) 1 / place of the first hit among ten; 0 without one."""
+        hit = self.hit[:, :_SHOWN]
+        return np.where(hit.any(1), 1.0 / (hit.argmax(1) + 1.0), 0.0)
+
+
+def ranking_metrics(top: Lists, test: sp.csr_matrix, train: sp.csr_matrix) -> dict[str, float]:
+    """Metrics of the contract, MRR@10 and the Gini index of exposure besides.
+
+    top (U, at least 20): item indices, best first. test (U, I) 0/1: what was taken in the test part. train (U, I) 0/1.
+    Users without a test item do not count.
+
+    coverage: fraction of items in anybody's first 10. gini: of how often items are there, from 0, all alike, to 1.
+    novelty: mean -log2 of the fraction of users who had an item. diversity: 1 - mean cosine, between the items of a
+    list, of who took them in training.
     """
-    relevant = np.asarray(test.sum(1)).ravel()
-    rows = np.flatnonzero(relevant > 0)
-    top = top_ND[rows, :DEPTH]
-    test_rows = test[rows]
-    hit = np.stack([np.asarray(test_rows[np.arange(len(rows)), top[:, d]]).ravel() > 0 for d in range(top.shape[1])], 1)
-    discount = 1.0 / np.log2(np.arange(2, 12))
-    depth = min(10, top.shape[1])
-    ideal = np.cumsum(discount)[np.minimum(relevant[rows], 10).astype(int) - 1]
+    hits = Hits.of(top, test)
     popularity = np.maximum(np.asarray(train.sum(0)).ravel(), 1.0) / train.shape[0]
-    top10 = top[:, :depth]
+    shown = top[hits.user, :_SHOWN]
     return {
-        "ndcg_at_10": float(((hit[:, :depth] * discount[:depth]).sum(1) / ideal).mean()),
-        "recall_at_10": float((hit[:, :10].sum(1) / relevant[rows]).mean()),
-        "recall_at_20": float((hit.sum(1) / relevant[rows]).mean()),
-        "coverage": float(len(np.unique(top10)) / train.shape[1]),
-        "novelty": float(-np.log2(popularity[top10]).mean()),
-        "diversity": _diversity(top10, train),
+        "ndcg_at_10": float(hits.ndcg().mean()),
+        "recall_at_10": float(hits.recall(10).mean()),
+        "recall_at_20": float(hits.recall(20).mean()),
+        "mrr_at_10": float(hits.reciprocal_rank().mean()),
+        "coverage": float(len(np.unique(shown)) / train.shape[1]),
+        "gini": _gini(np.bincount(shown.ravel(), minlength=train.shape[1])),
+        "novelty": float(-np.log2(popularity[shown]).mean()),
+        "diversity": _diversity(shown, train),
     }
 
 
-def _diversity(top10: NDArray[np.int64], train: sp.csr_matrix) -> float:
+def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
+    """95 % of the mean over users, by 1,000 Poisson bootstraps; of differences of two models for the same users too."""
+    weights = np.random.default_rng(seed).poisson(1.0, (_DRAWS, len(values)))
+    low, high = np.quantile(weights @ values / np.maximum(weights.sum(1), 1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _gini(counts: NDArray[np.int64]) -> float:
+    ordered = np.sort(counts)
+    places = np.arange(1, len(ordered) + 1)
+    return float((2 * places - len(ordered) - 1) @ ordered / max(1, len(ordered) * ordered.sum()))
+
+
+def _diversity(top10: Lists, train: sp.csr_matrix) -> float:
     scale = np.maximum(np.asarray(train.sum(0)).ravel(), 1.0) ** -0.5
     unit = sp.csr_matrix(train @ sp.diags(scale)).T.tocsr()
     similarities = []

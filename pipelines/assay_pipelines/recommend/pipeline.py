@@ -1,9 +1,9 @@
-"""The recommendation pipeline: table → features through Feast → search → graph encoder → MoE ranker → compare →
-gate → registry.
-"""
+"""The recommendation pipeline: table → search → sources → MoE ranker → compare → gate → registry."""
 
-# U users, I items, M moments at which store features are read, F store features
+# U users, I items, S item features of the store
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +14,8 @@ from assay_features.batch import features_at, final_states
 from assay_features.events import Events
 from assay_features.items import item_plan, ranker_columns
 from assay_features.schema import RecommendSchema, schema_to_dict
-from assay_platform.models.recommender import (
-    GraphScorer,
-    ItemFacts,
-    ItemVectors,
-    PairRanker,
-    RankerConfig,
-    Recommender,
-    item_facts,
-)
+from assay_platform.models.histories import Floats, Histories, Index
+from assay_platform.models.recommender import ItemFacts, PairRanker, RankerConfig, Recommender, Sources, item_facts
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
@@ -40,11 +33,11 @@ from assay_pipelines.recommend.train import (
     EncoderData,
     Holdout,
     RankerTraining,
-    item_vectors,
-    make_snapshots,
+    Recipe,
+    choose_regression,
+    fit_sources,
+    make_lists,
     objective,
-    procrustes,
-    train_encoder,
     train_ranker,
 )
 from assay_pipelines.tracking import (
@@ -57,19 +50,15 @@ from assay_pipelines.tracking import (
 )
 
 MAX_ITEMS = 8000
-_NUM_FOLDS, _NUM_SNAPSHOTS = 5, 4
-_TEMPORAL_CUTS = (0.7, 0.85)
-_DAY_US = 86_400_000_000
+_NUM_FOLDS, _NUM_HOLDOUTS = 5, 4
+# How many validation periods before the end of what is there the labels of a holdout begin.
+_CUTS = (1.0, 1.5, 2.0, 2.5)
+_MIN_SEEN = 0.4  # of the time must be before a cut
+_MIN_DISLIKED = 0.1
+_GRAPH_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
-
-
-class _StoreFeatures(NamedTuple):
-    """Item features as the store had them at each moment."""
-
-    moments_us: NDArray[np.int64]  # (M,), ascending; the last is the end of the events
-    values_MIF: NDArray[np.float32]
 
 
 class Prepared:
@@ -85,22 +74,19 @@ class Prepared:
             if options.max_rows is not None:
                 events = events.take(slice(max(0, len(events) - options.max_rows), None))
             self.num_rows = len(events)
-            counts = pd.Series(events.keys[self.schema.item]).value_counts()
-            if len(counts) > MAX_ITEMS:
-                kept = set(counts.index[:MAX_ITEMS])
-                events = events.take(np.flatnonzero([item in kept for item in events.keys[self.schema.item]]))
-                reporter.line(f"{len(counts):,} items; the {MAX_ITEMS:,} most taken are kept")
-            self.events = events
+            self.events = events = self._most_taken(events)
             self.user, users = pd.factorize(events.keys[self.schema.user])
             self.item, items = pd.factorize(events.keys[self.schema.item])
             self.users, self.items = [str(u) for u in users], [str(i) for i in items]
+            self.liked = _liked(None if self.schema.weight is None else events.numbers[self.schema.weight])
             stage.update(1.0, f"{len(events):,} rows, {len(users):,} users, {len(items):,} items")
-        self.parts: Parts = split_interactions(self.user, self.schema.split, seed=options.seed)
+        self.parts: Parts = self._split(self.user, events)
         self.train_rows: Rows = np.sort(np.r_[self.parts.fit, self.parts.validation])
-        self.fit = self.matrix(self.parts.fit)
-        self.train = self.matrix(self.train_rows)
-        self.validation = self._wanted(self.parts.validation, self.fit)
-        self.test = self._wanted(self.parts.test, self.train)
+        self.fit = self.histories(self.parts.fit, self._asked_at(self.parts.validation))
+        self.train = self.histories(self.train_rows, self._asked_at(self.parts.test))
+        self.fit_matrix, self.train_matrix = self.fit.matrix(len(items)), self.train.matrix(len(items))
+        self.validation = self._wanted(self.parts.validation, self.fit_matrix)
+        self.test = self._wanted(self.parts.test, self.train_matrix)
         table = self.schema.items
         known = load_items(table, options.schema_folder) if table is not None else {}
         self.facts: ItemFacts = item_facts(
@@ -110,14 +96,52 @@ class Prepared:
             categorical=table.categorical if table else (),
         )
         self.plan = item_plan(self.schema)
+        self._item_only = type(self.plan)(self.plan.of_entity(self.schema.item))
+
+    @property
+    def ranker_config(self) -> RankerConfig:
+        """The ranker's shape for these features."""
+        return RankerConfig(num_store_features=len(self.plan.numeric_names))
+
+    def _split(self, user: NDArray[np.int64], events: Events) -> Parts:
+        return split_interactions(user, self.schema.split, seed=self._options.seed, time_us=events.time_us)
+
+    def _most_taken(self, events: Events) -> Events:
+        """Without the items beyond the limit: those taken least, where time counts in what is known before the test."""
+        items = events.keys[self.schema.item]
+        known = np.arange(len(events))
+        if self.schema.split.protocol == "temporal":
+            known = known[: self._split(pd.factorize(events.keys[self.schema.user])[0], events).test[0]]
+        counts = pd.Series(items[known]).value_counts()
+        if len(counts) <= MAX_ITEMS:
+            return events
+        kept = set(counts.index[:MAX_ITEMS])
+        self._reporter.line(f"{len(counts):,} items; the {MAX_ITEMS:,} most taken are kept")
+        return events.take(np.flatnonzero([item in kept for item in items]))
+
+    def histories(self, rows: Rows, now_us: int | Index) -> Histories:
+        """Some interactions, a row for each user."""
+        return Histories.of(
+            self.user[rows], self.item[rows], self.events.time_us[rows], num_users=len(self.users), now_us=now_us,
+            liked=None if self.liked is None else self.liked[rows],
+        )  # fmt: skip
+
+    def _asked_at(self, part: Rows) -> int | Index:
+        """The moment at which lists for a part are asked for: where it begins; a user's own event where only the last
+        is left out; the end of time where the split knows none.
+        """
+        end_us = int(self.events.time_us[-1]) + 1
+        if self.schema.split.protocol == "temporal":
+            return int(self.events.time_us[part].min())
+        if self.schema.split.protocol == "random":
+            return end_us
+        moments = np.full(len(self.users), end_us, dtype=np.int64)
+        moments[self.user[part]] = self.events.time_us[part]
+        return moments
 
     def matrix(self, rows: Rows) -> sp.csr_matrix:
         """(U, I) 0/1 matrix of some interactions."""
-        shape = (len(self.users), len(self.items))
-        counts = sp.csr_matrix((np.ones(len(rows), dtype=np.float32), (self.user[rows], self.item[rows])), shape)
-        counts.data[:] = 1.0
-        counts.sort_indices()
-        return counts
+        return self.histories(rows, 0).matrix(len(self.items))
 
     def _wanted(self, rows: Rows, seen: sp.csr_matrix) -> sp.csr_matrix:
         """What a list should contain: interactions of a later part, without repeats unless they count."""
@@ -128,49 +152,65 @@ class Prepared:
         wanted.eliminate_zeros()
         return wanted
 
-    def holdouts(self, store: _StoreFeatures) -> list[Holdout]:
-        """What the ranker learns from, out of the fitting part alone."""
-        rows = self.parts.fit
-        if self.schema.split.protocol != "random":
-            return [self._cut(rows, fraction, store) for fraction in _TEMPORAL_CUTS]
-        fold = np.random.default_rng(self._options.seed).integers(0, _NUM_FOLDS, len(rows))
-        return [self._holdout(rows[fold != k], rows[fold == k], store) for k in range(_NUM_SNAPSHOTS)]
+    def holdouts(self, rows: Rows) -> list[Holdout]:
+        """What the ranker learns from, out of these interactions alone."""
+        protocol, time_us = self.schema.split.protocol, self.events.time_us
+        if protocol == "random":
+            fold = np.random.default_rng(self._options.seed).integers(0, _NUM_FOLDS, len(rows))
+            return [self._holdout(rows[fold != k], rows[fold == k]) for k in range(_NUM_HOLDOUTS)]
+        if protocol == "leave-last-out":
+            order = rows[np.lexsort((time_us[rows], self.user[rows]))]
+            user = self.user[order]
+            from_last = np.searchsorted(user, user, side="right") - 1 - np.arange(len(user))
+            return [self._holdout(order[from_last > k], order[from_last == k]) for k in range(_NUM_HOLDOUTS)]
+        first, end = int(time_us[rows[0]]), int(time_us[rows[-1]]) + 1
+        held = time_us[self.parts.validation]
+        period = int(held[-1] - held[0]) + 1
+        cuts = [end - round(back * period) for back in _CUTS]
+        cuts = [cut for cut in cuts if cut - first > _MIN_SEEN * (end - first)]
+        if not cuts:
+            cuts = [int(time_us[rows[int(0.85 * len(rows))]])]
+        places = [np.searchsorted(time_us[rows], (cut, cut + period)) for cut in cuts]
+        return [self._holdout(rows[:begin], rows[begin:stop]) for begin, stop in places if 0 < begin < stop]
 
-    def _cut(self, rows: Rows, fraction: float, store: _StoreFeatures) -> Holdout:
-        cut = int(len(rows) * fraction)
-        return self._holdout(rows[:cut], rows[cut : cut + max(1, len(rows) // 6)], store)
+    def _holdout(self, seen: Rows, labels: Rows) -> Holdout:
+        histories = self.histories(seen, self._asked_at(labels))
+        return Holdout(
+            histories, self._wanted(labels, histories.matrix(len(self.items))), self.item_features(seen, histories)
+        )
 
-    def _holdout(self, seen: Rows, labels: Rows, store: _StoreFeatures) -> Holdout:
-        """Store features of a user are read on the day of its first label, so no label is in them."""
-        seen_matrix = self.matrix(seen)
-        first = pd.Series(self.events.time_us[labels]).groupby(self.user[labels]).min()
-        moment = np.full(len(self.users), len(store.moments_us) - 1, dtype=np.int64)
-        at = np.searchsorted(store.moments_us, first.to_numpy() // _DAY_US * _DAY_US, side="right") - 1
-        moment[first.index.to_numpy()] = np.maximum(at, 0)
-        return Holdout(seen_matrix, self._wanted(labels, seen_matrix), moment)
+    def item_features(self, rows: Rows, histories: Histories) -> Floats:
+        """(I, S) of some interactions, at the newest moment that the histories ask about."""
+        spine = self._spine(int(histories.now_us.max()))
+        return ranker_columns(self.plan, features_at(self._item_only, self.events.take(np.sort(rows)), spine))
 
-    def store_features(self, rows: Rows, *, every_day: bool) -> _StoreFeatures:
-        """Publish the features of these interactions, and read them back through Feast at each moment."""
-        events = self.events.take(rows)
+    def _spine(self, moment_us: int) -> Events:
+        keys = {self.schema.item: np.asarray(self.items, dtype=object)}
+        return Events(time_us=np.full(len(self.items), moment_us, dtype=np.int64), keys=keys)
+
+    def publish_features(self) -> Floats:
+        """Features of all interactions into the store; (I, S) of items, read back from there."""
+        from assay_features.feast.repository import FeatureRepository, value_frames
+
         with self._reporter.stage("features", "Compute, publish, retrieve") as stage:
-            from assay_features.feast.repository import FeatureRepository, value_frames
-
-            end_us = int(events.time_us.max()) + 1
-            days = np.unique(events.time_us // _DAY_US) * _DAY_US if every_day else np.empty(0, dtype=np.int64)
-            moments = np.r_[days, end_us].astype(np.int64)
-            keys = np.tile(np.asarray(self.items, dtype=object), len(moments))
-            spine = Events(time_us=np.repeat(moments, len(self.items)), keys={self.schema.item: keys})
-            item_only = type(self.plan)(self.plan.of_entity(self.schema.item))
-            values = features_at(item_only, events, spine)
-            states = {entity: final_states(self.plan, entity, events) for entity in self.plan.entities}
+            spine = self._spine(int(self.events.time_us[-1]) + 1)
+            values = features_at(self._item_only, self.events, spine)
+            states = {entity: final_states(self.plan, entity, self.events) for entity in self.plan.entities}
             repository = FeatureRepository(self._options.feature_repository)
-            frames = value_frames(item_only, spine, values)
+            frames = value_frames(self._item_only, spine, values)
             repository.publish(self.plan, frames, states, schema=schema_to_dict(self.schema))
-            history = repository.training_features(self.plan, spine)
+            retrieved = repository.training_features(self.plan, spine)
             repository.close()
-            stage.update(1.0, f"{len(spine):,} item moments, plan {self.plan.version}")
-        shape = (len(moments), len(self.items), len(self.plan.numeric_names))
-        return _StoreFeatures(moments, ranker_columns(self.plan, history).reshape(shape))
+            stage.update(1.0, f"{len(spine):,} items, plan {self.plan.version}")
+        return ranker_columns(self.plan, retrieved)
+
+
+def _liked(weight: NDArray[np.float64] | None) -> NDArray[np.bool_] | None:
+    """Events of at least the median weight, if that tells some from others: ratings do, most quantities do not."""
+    if weight is None or not np.isfinite(weight).any():
+        return None
+    liked = ~(weight < np.nanmedian(weight))
+    return liked if liked.mean() < 1 - _MIN_DISLIKED else None
 
 
 def tune_recommend(options: RunOptions, reporter: Reporter) -> SearchResult:
@@ -183,16 +223,24 @@ def tune_recommend(options: RunOptions, reporter: Reporter) -> SearchResult:
 
 
 def _search(options: RunOptions, reporter: Reporter, run: Any, prepared: Prepared) -> SearchResult:
+    repeats = prepared.schema.split.repeats
     return run_search(
         options,
         reporter,
         run,
         objective=objective,
-        data=EncoderData(fit=prepared.fit, validation=prepared.validation, repeats=prepared.schema.split.repeats),
+        data=EncoderData(fit=prepared.fit_matrix, validation=prepared.validation, repeats=repeats),
         space=SPACE,
         defaults={**DEFAULTS, "seed": options.seed},
         max_epochs=int(DEFAULTS["num_epochs"]),
     )
+
+
+class _Ranking(NamedTuple):
+    """A trained ranker. routing: of its training; None where the sources' own order is better."""
+
+    ranker: PairRanker
+    routing: RoutingMonitor | None
 
 
 def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
@@ -203,43 +251,33 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:{options.seed}"
     with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
         found = _search(options, reporter, run, prepared)
-        store = prepared.store_features(prepared.parts.fit, every_day=True)
-        with reporter.stage("train", "Train the graph encoder") as stage:
-            encoder = train_encoder(prepared.fit, found.best, seed=options.seed)
-            main = item_vectors(encoder, prepared.fit)
-        candidates = _train_rankers(prepared, found.best, main, store, options, reporter)
+        recipe = choose_recipe(prepared, found.best, reporter, seed=options.seed)
+        fitted = _trained(prepared, prepared.parts.fit, prepared.fit, recipe, options, reporter)
         with reporter.stage("evaluate", "Choose on validation") as stage:
             measured = {
                 name: _measure(
-                    _recommender(prepared, chosen, prepared.fit, main, store),
-                    prepared,
+                    _recommender(prepared, prepared.fit, fitted.sources, fitted.store_IF, ranking),
                     prepared.fit,
                     prepared.validation,
                 )[_METRIC]
-                for name, chosen in candidates.items()
+                for name, ranking in fitted.rankings.items()
             }
             best = max(measured, key=lambda name: measured[name])
             stage.update(1.0, "NDCG@10 " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
         run.log(
-            params={"ranker": best},
-            metrics={f"validation.ndcg_at_10.{name.replace(' ', '_')}": value for name, value in measured.items()},
-        )
-        chosen = candidates[best]
-        if chosen.routing is not None:
-            log_routing(run, chosen.routing)
-
-        def refitted(graph: sp.csr_matrix, rows: Rows) -> Recommender:
-            features = prepared.store_features(rows, every_day=False)
-            with reporter.stage("train", "Refit the graph encoder"):
-                again = train_encoder(graph, found.best, seed=options.seed)
-                turn = procrustes(item_vectors(again, graph).item_ID, main.item_ID)
-                return _recommender(prepared, chosen, graph, item_vectors(again, graph, turn), features)
-
-        model = refitted(prepared.train, prepared.train_rows)
+            params={"ranker": best, "regression.penalty": recipe.regression.penalty,
+                    "regression.closeness_s": recipe.regression.closeness_s, "graph_weight": recipe.graph_weight},
+            metrics={f"validation.ndcg_at_10.{name}": value for name, value in measured.items()},
+        )  # fmt: skip
+        refitted = _trained(prepared, prepared.train_rows, prepared.train, recipe, options, reporter)
+        ranking = refitted.rankings[best]
+        if ranking.routing is not None:
+            log_routing(run, ranking.routing)
+        model = _recommender(prepared, prepared.train, refitted.sources, refitted.store_IF, ranking)
         with reporter.stage("evaluate", "Rank the test part"):
-            metrics = _measure(model, prepared, prepared.train, prepared.test)
-        with reporter.stage("baseline", "EASE and popularity") as stage:
-            baselines = measure_baselines(
+            metrics = _measure(model, prepared.train, prepared.test)
+        with reporter.stage("baseline", "EASE, popularity" + (", own frequency" if repeats else "")) as stage:
+            baselines, _ = measure_baselines(
                 prepared.fit,
                 prepared.validation,
                 prepared.train,
@@ -247,9 +285,13 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
                 repeats=repeats,
                 on_progress=stage.update,
             )
+        store_IF = prepared.publish_features()
         if options.refit_on_all:
             everything = np.arange(len(prepared.events))
-            model = refitted(prepared.matrix(everything), everything)
+            histories = prepared.histories(everything, int(prepared.events.time_us[-1]) + 1)
+            with reporter.stage("train", "Refit the sources on everything"):
+                sources = fit_sources(histories, recipe, seed=options.seed)
+            model = _recommender(prepared, histories, sources, store_IF, ranking)
         registry = open_registry(options.config)
         champion, champion_version = champion_metric(
             options,
@@ -299,68 +341,70 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     )
 
 
-class _Ranking(NamedTuple):
-    """One way to order candidates."""
+def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Reporter, *, seed: int) -> Recipe:
+    """The regression, and how much of the graph beside it, that rank the validation part best. graph: parameters."""
+    repeats = prepared.schema.split.repeats
+    with reporter.stage("train", "Choose the regression") as stage:
+        regression = choose_regression(prepared.fit, prepared.validation, repeats=repeats, on_progress=stage.update)
+    recipe = Recipe(graph=graph, regression=regression, facts=prepared.facts, repeats=repeats)
+    with reporter.stage("train", "Weigh the graph beside it") as stage:
+        sources = fit_sources(prepared.fit, recipe, seed=seed)
+        store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
+        plain = _Ranking(PairRanker(prepared.ranker_config), None)
+        reached = {}
+        for weight in _GRAPH_WEIGHTS:
+            weighed = replace(sources, graph_weight=weight)
+            model = _recommender(prepared, prepared.fit, weighed, store_IF, plain)
+            reached[weight] = _measure(model, prepared.fit, prepared.validation)[_METRIC]
+            stage.update(len(reached) / len(_GRAPH_WEIGHTS), f"NDCG@10 {max(reached.values()):.3f}")
+    return replace(recipe, graph_weight=max(reached, key=lambda weight: reached[weight]))
 
-    config: RankerConfig
-    ranker: PairRanker
-    routing: RoutingMonitor | None  # of its training; None if it is not used
+
+class _Trained(NamedTuple):
+    """Sources and rankers of some interactions. rankings: 'sources' is their own order, 'MoE' the ranker's."""
+
+    sources: Sources
+    store_IF: Floats
+    rankings: dict[str, _Ranking]
 
 
-def _train_rankers(
-    prepared: Prepared,
-    params: dict[str, Any],
-    main: ItemVectors,
-    store: _StoreFeatures,
-    options: RunOptions,
-    reporter: Reporter,
-) -> dict[str, _Ranking]:
-    """The graph alone, the MoE ranker, and the ranker with store features; validation decides between them."""
-    plain = RankerConfig(vector_width=int(DEFAULTS["width"]))
-    full = RankerConfig(vector_width=int(DEFAULTS["width"]), num_store_features=len(prepared.plan.numeric_names))
-    with reporter.stage("train", "Encoders of the ranker's folds") as stage:
-        snapshots = make_snapshots(
-            main,
-            prepared.holdouts(store),
-            params,
-            full,
-            prepared.facts,
-            store.values_MIF,
-            repeats=prepared.schema.split.repeats,
-            seed=options.seed,
-            on_progress=stage.update,
+def _trained(
+    prepared: Prepared, rows: Rows, histories: Histories, recipe: Recipe, options: RunOptions, reporter: Reporter
+) -> _Trained:
+    config = prepared.ranker_config
+    with reporter.stage("train", "Fit regression and graph"):
+        sources = fit_sources(histories, recipe, seed=options.seed)
+        store_IF = prepared.item_features(rows, histories)
+    with reporter.stage("train", "Fit them without the holdouts") as stage:
+        lists = make_lists(prepared.holdouts(rows), recipe, config, seed=options.seed, on_progress=stage.update)
+    with reporter.stage("train", "Train the MoE ranker") as stage:
+        ranker, routing = train_ranker(
+            lists, config, seed=options.seed, training=RankerTraining(), on_progress=stage.update
         )
-    rankings = {"graph": _Ranking(plain, PairRanker(plain), None)}
-    for name, config in (("MoE", plain), ("MoE with store features", full)):
-        with reporter.stage("train", f"Train the {name[:3]} ranker") as stage:
-            stage.update(0.0, name)
-            ranker, routing = train_ranker(
-                snapshots, config, seed=options.seed, training=RankerTraining(), on_progress=stage.update
-            )
-        rankings[name] = _Ranking(config, ranker, routing)
-    return rankings
+    rankings = {"sources": _Ranking(ranker, None), "MoE": _Ranking(ranker, routing)}
+    return _Trained(sources, store_IF, rankings)
 
 
 def _recommender(
-    prepared: Prepared, ranking: _Ranking, graph: sp.csr_matrix, vectors: ItemVectors, store: _StoreFeatures
+    prepared: Prepared, histories: Histories, sources: Sources, store_IF: Floats, ranking: _Ranking
 ) -> Recommender:
     return Recommender(
         ranker=ranking.ranker,
-        config=ranking.config,
+        config=prepared.ranker_config,
         users=prepared.users,
         items=prepared.items,
-        scorer=GraphScorer(graph, vectors, prepared.facts),
-        facts=prepared.facts,
-        store_features_IF=np.ascontiguousarray(store.values_MIF[-1]),
+        histories=histories,
+        sources=sources,
+        store_features_IF=store_IF,
         repeats=prepared.schema.split.repeats,
         use_ranker=ranking.routing is not None,
     )
 
 
-def _measure(model: Recommender, prepared: Prepared, seen: sp.csr_matrix, wanted: sp.csr_matrix) -> dict[str, float]:
-    excluded = None if model.repeats else seen
-    num = min(DEPTH, len(prepared.items))
-    top, _ = model.rank(seen, num=num, excluded=excluded)
+def _measure(model: Recommender, histories: Histories, wanted: sp.csr_matrix) -> dict[str, float]:
+    seen = histories.matrix(wanted.shape[1])
+    num = min(DEPTH, wanted.shape[1])
+    top, _ = model.rank(histories, num=num, excluded=None if model.repeats else seen)
     return ranking_metrics(top, wanted, seen)
 
 
@@ -369,17 +413,21 @@ def _champion_ndcg(folder: Path, prepared: Prepared) -> float:
     model = Recommender.load(folder)
     place = np.array([model.item_index.get(item, -1) for item in prepared.items])
     known = np.flatnonzero(place >= 0)
-    to_model = sp.csr_matrix(
-        (np.ones(len(known), dtype=np.float32), (known, place[known])), (len(place), len(model.items))
-    )
-    seen = sp.csr_matrix(prepared.fit @ to_model)
-    top, _ = model.rank(seen, num=min(DEPTH, len(model.items)), excluded=None if model.repeats else seen)
+    seen = prepared.fit
+    kept = place[seen.item] >= 0
+    user = seen.users()[kept]
+    histories = Histories.of(
+        user, place[seen.item[kept]], seen.time_us[kept], num_users=seen.num_users, now_us=seen.now_us,
+        liked=seen.liked[kept],
+    )  # fmt: skip
+    excluded = None if model.repeats else histories.matrix(len(model.items))
+    top, _ = model.rank(histories, num=min(DEPTH, len(model.items)), excluded=excluded)
     back = np.full(len(model.items), -1, dtype=np.int64)
     back[place[known]] = known
     ours = back[top]
     # An item of the champion that is not in this table cannot be a hit; any never wanted column would do.
     wanted = sp.hstack([prepared.validation, sp.csr_matrix((len(prepared.users), 1))], format="csr")
-    fit_wide = sp.hstack([prepared.fit, sp.csr_matrix((len(prepared.users), 1))], format="csr")
+    fit_wide = sp.hstack([prepared.fit_matrix, sp.csr_matrix((len(prepared.users), 1))], format="csr")
     return ranking_metrics(np.where(ours < 0, len(prepared.items), ours), wanted, fit_wide)[_METRIC]
 
 

@@ -1,8 +1,8 @@
 """Which interactions are for fitting, choosing and testing.
 
-temporal: by time over all users. random: each user's interactions shuffled by the seed (the common MovieLens
-protocol; it leaks the future by design). leave-last-out: each user's last is the test, the one before it
-validation.
+temporal: by time over all users, at fractions of the rows or at moments. random: each user's interactions shuffled by
+the seed (the common MovieLens protocol; it leaks the future by design). leave-last-out: each user's last is the test,
+the one before it validation.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,10 @@ class Parts(NamedTuple):
     test: Rows
 
 
-def split_interactions(users: NDArray[np.int64], split: Split, *, seed: int) -> Parts:
-    """users: code of each interaction, rows in order of time.
+def split_interactions(
+    users: NDArray[np.int64], split: Split, *, seed: int, time_us: NDArray[np.int64] | None = None
+) -> Parts:
+    """users: code of each interaction, rows in order of time. time_us: needed where the split names moments.
 
     Raises:
         DataError: a part would be empty.
@@ -32,6 +34,8 @@ def split_interactions(users: NDArray[np.int64], split: Split, *, seed: int) -> 
     num_rows = len(users)
     if split.protocol == "temporal":
         cut = np.r_[int(num_rows * split.train), int(num_rows * (split.train + split.validation))]
+        if split.moments_us is not None and time_us is not None:
+            cut = np.searchsorted(time_us, split.moments_us)
         part = np.searchsorted(cut, np.arange(num_rows), side="right")
     else:
         position, count = _positions(users, seed=seed if split.protocol == "random" else None)

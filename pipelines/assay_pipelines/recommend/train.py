@@ -1,30 +1,31 @@
-"""Train the two parts of a recommender.
+"""Train the sources of a recommender and the ranker over them.
 
 Graph encoder: edges are masked at random, the graph without them is propagated, and the masked edges are
 predicted by a softmax over all items.
 
-Ranker: it must learn from edges that its inputs have not seen, or it learns to trust them too much. So for
-each of a few snapshots an encoder is trained without part of the edges, turned by orthogonal Procrustes into
-the coordinates of the main encoder, and the left-out edges are the labels. The same turn lets a ranker keep
-working when the encoder is refitted.
+Ranker: it must learn from interactions that its inputs have not seen, or it learns to trust them too much. So for each
+of a few holdouts all sources are fitted without part of the interactions, which are then the labels.
 """
 
-# U users, I items, D width of a vector, C candidates, S side features
+# U users, I items, D width of a vector, C candidates, F features of a pair
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from assay_platform.models.graph import Adjacency, GraphEncoder, adjacency
+from assay_platform.models.histories import Floats, Histories
+from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.recommender import (
-    GraphScorer,
     ItemFacts,
+    ItemPast,
     ItemVectors,
     PairRanker,
     RankerConfig,
+    Sources,
     top_candidates,
 )
 from assay_platform.monitoring.routing import RoutingMonitor
@@ -39,6 +40,10 @@ _STEPS_AN_EPOCH = 10
 _MAX_LOSS_USERS = 1024
 _CALIBRATION_MASK = 0.6
 _MASKED_OUT = -1e9
+_LISTS_A_CHUNK = 256
+# What the regression's search tries; seconds from a quick succession of ratings to a day's shopping.
+PENALTIES = (200.0, 350.0, 500.0, 800.0, 1500.0)
+_CLOSENESS_S = (0.0, 3600.0, 86_400.0)
 
 SPACE: Space = {
     "learning_rate": Real(low=1e-3, high=6e-3, log=True),
@@ -167,31 +172,28 @@ def train_encoder(
     return encoder.eval()
 
 
-def item_vectors(
-    encoder: GraphEncoder, interactions: sp.csr_matrix, turn_DD: NDArray[np.float32] | None = None
-) -> ItemVectors:
-    """Propagated item vectors over a graph, optionally turned into other coordinates."""
+def item_vectors(encoder: GraphEncoder, interactions: sp.csr_matrix) -> ItemVectors:
+    """Propagated item vectors over a graph."""
     with torch.no_grad():
         _, item_ID = encoder(adjacency(interactions))
-    vectors = item_ID.numpy() if turn_DD is None else item_ID.numpy() @ turn_DD
     return ItemVectors(
-        np.ascontiguousarray(vectors, dtype=np.float32),
+        np.ascontiguousarray(item_ID.numpy(), dtype=np.float32),
         encoder.bias_I.detach().numpy().copy(),
         float(encoder.log_scale.detach().exp()),
     )
-
-
-def procrustes(source_ID: NDArray[np.float32], target_ID: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(D, D) orthogonal turn that brings source closest to target; scores are unchanged by it."""
-    left, _, right = np.linalg.svd(source_ID.T @ target_ID)
-    return np.asarray(left @ right, dtype=np.float32)
 
 
 def graph_ndcg(encoder: GraphEncoder, train: sp.csr_matrix, wanted: sp.csr_matrix, *, repeats: bool) -> float:
     """NDCG@10 of the encoder alone."""
     with torch.no_grad():
         scores = encoder.score(*encoder(adjacency(train))).numpy()
-    return ranking_metrics(top_candidates(scores, None if repeats else train, DEPTH), wanted, train)["ndcg_at_10"]
+    return _ndcg(scores, train, wanted, repeats=repeats)
+
+
+def _ndcg(scores_UI: Floats, seen: sp.csr_matrix, wanted: sp.csr_matrix, *, repeats: bool) -> float:
+    if not repeats:
+        scores_UI[seen.nonzero()] = -np.inf
+    return ranking_metrics(top_candidates(scores_UI, DEPTH), wanted, seen)["ndcg_at_10"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,164 +216,181 @@ def objective(params: dict[str, Any], data: EncoderData, report: Callable[[int, 
     )
 
 
-class Holdout(NamedTuple):
-    """One way to divide training interactions: what the inputs see, what is to be predicted.
+def choose_regression(
+    histories: Histories,
+    wanted: sp.csr_matrix,
+    *,
+    repeats: bool,
+    on_progress: Callable[[float, str], None] = lambda done, text: None,
+) -> RegressionConfig:
+    """The penalty, then the closeness in time, that rank the validation part best."""
+    num_items = wanted.shape[1]
+    seen = histories.matrix(num_items)
+    measured: dict[RegressionConfig, float] = {}
+    grid = [RegressionConfig(penalty=penalty) for penalty in PENALTIES]
 
-    moment_U: for each user the index of the moment at which its store features are read.
+    def best() -> RegressionConfig:
+        return max(measured, key=lambda config: measured[config])
+
+    def measure(config: RegressionConfig) -> None:
+        scores = fit_item_regression(histories, num_items, config).scores(seen)
+        measured[config] = _ndcg(scores, seen, wanted, repeats=repeats)
+        on_progress(len(measured) / (len(PENALTIES) + len(_CLOSENESS_S)), f"NDCG@10 {measured[best()]:.3f}")
+
+    for config in grid:
+        measure(config)
+    penalised = best()
+    for closeness_s in _CLOSENESS_S:
+        measure(replace(penalised, closeness_s=closeness_s))
+    return best()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What validation chose of the sources. graph_weight: None until it is chosen."""
+
+    graph: Mapping[str, Any]
+    regression: RegressionConfig
+    facts: ItemFacts
+    repeats: bool
+    graph_weight: float | None = None
+
+
+def fit_sources(histories: Histories, recipe: Recipe, *, seed: int) -> Sources:
+    """All sources from the same events."""
+    num_items = len(recipe.facts.titles)
+    graph = histories.matrix(num_items)
+    rated = not histories.liked.all()
+    return Sources(
+        fit_item_regression(histories, num_items, recipe.regression),
+        fit_item_regression(histories.where(histories.liked), num_items, recipe.regression) if rated else None,
+        item_vectors(train_encoder(graph, recipe.graph, seed=seed), graph),
+        ItemPast.of(histories, num_items),
+        recipe.facts,
+        recipe.graph_weight or 0.0,
+    )
+
+
+class Holdout(NamedTuple):
+    """One way to divide interactions: what sources see, and what is to be predicted of the same users.
+
+    store_IF: item features of the store at the histories' moment.
     """
 
-    seen: sp.csr_matrix
-    labels: sp.csr_matrix
-    moment_U: NDArray[np.int64]
+    seen: Histories
+    wanted: sp.csr_matrix
+    store_IF: Floats
 
 
-class Snapshot(NamedTuple):
-    """Inputs and labels of all users under one holdout."""
+class Lists(NamedTuple):
+    """Candidates of users with something to find among them."""
 
-    user_UD: Tensor
-    item_ID: Tensor
-    candidates_UC: Tensor
-    side_UCS: Tensor
-    positive_UC: Tensor
-    users: Tensor  # with at least one positive among the candidates
+    features_UCF: Tensor
+    wanted_UC: Tensor
+    possible_UC: Tensor  # not excluded
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankerTraining:
-    """How the ranker is trained: lists of `list_size` = all positives + the graph's best + a random tail."""
+    """How the ranker is trained."""
 
-    num_steps: int = 200
-    users_a_step: int = 64
-    list_size: int = 100
-    num_hard: int = 50
+    num_epochs: int = 6
+    lists_a_step: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
 
 
-def make_snapshots(
-    main: ItemVectors,
+def make_lists(
     holdouts: list[Holdout],
-    params: Mapping[str, Any],
+    recipe: Recipe,
     config: RankerConfig,
-    facts: ItemFacts,
-    store_features_MIF: NDArray[np.float32],
     *,
-    repeats: bool,
     seed: int,
     on_progress: Callable[[float], None] = lambda done: None,
-) -> list[Snapshot]:
-    """Train an encoder without each holdout's labels and collect what a ranker would see.
-
-    store_features_MIF: item features at each moment that holdouts refer to.
-    """
-    snapshots = []
+) -> list[Lists]:
+    """Fit the sources without each holdout's labels and collect what a ranker would see."""
+    lists = []
     for number, holdout in enumerate(holdouts):
-        encoder = train_encoder(holdout.seen, params, seed=seed + 1 + number)
-        turn = procrustes(item_vectors(encoder, holdout.seen).item_ID, main.item_ID)
-        vectors = item_vectors(encoder, holdout.seen, turn)
-        snapshots.append(_snapshot(holdout, vectors, config, facts, store_features_MIF, repeats=repeats))
+        sources = fit_sources(holdout.seen, recipe, seed=seed + 1 + number)
+        lists += _lists(sources, holdout, config, recipe)
         on_progress((number + 1) / len(holdouts))
-    return snapshots
+    return lists
+
+
+def _lists(sources: Sources, holdout: Holdout, config: RankerConfig, recipe: Recipe) -> list[Lists]:
+    lists = []
+    for start in range(0, holdout.seen.num_users, _LISTS_A_CHUNK):
+        end = min(start + _LISTS_A_CHUNK, holdout.seen.num_users)
+        part = holdout.seen.part(start, end)
+        excluded = None if recipe.repeats else part.matrix(holdout.wanted.shape[1])
+        found = sources.candidates(
+            part, config.num_candidates, holdout.store_IF, repeats=recipe.repeats, excluded=excluded
+        )
+        wanted = np.take_along_axis(holdout.wanted[start:end].toarray() > 0, found.item, axis=1)
+        possible = ~np.isneginf(found.score)
+        users = np.flatnonzero((wanted & possible).any(axis=1))
+        lists.append(
+            Lists(*(torch.from_numpy(array[users]) for array in (found.features, wanted & possible, possible)))
+        )
+    return [part for part in lists if len(part.wanted_UC)]
 
 
 def train_ranker(
-    snapshots: list[Snapshot],
+    lists: list[Lists],
     config: RankerConfig,
     *,
     seed: int,
     training: RankerTraining,
+    linear: bool = False,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> tuple[PairRanker, RoutingMonitor]:
-    """Train on held-out edges. Store features beyond what `config` has are left out. Routing has a report an epoch."""
-    snapshots = [s._replace(side_UCS=s.side_UCS[..., : config.num_side]) for s in snapshots]
+    """Softmax over each list: every user counts the same, whatever the number of items that it wants.
+
+    linear: without the experts, for comparison.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     ranker = PairRanker(config)
-    side = torch.cat([s.side_UCS.flatten(0, 1) for s in snapshots])
-    ranker.side_mean_S.copy_(side.mean(0))
-    ranker.side_std_S.copy_(side.std(0) + 1e-6)
-    ranker.vector_scale.copy_(torch.stack([snapshots[0].user_UD.std(), snapshots[0].item_ID.std()]) + 1e-9)
-    usable = [s for s in snapshots if len(s.users)]
+    for module in (ranker.backbone, ranker.head):
+        module.requires_grad_(not linear)
     monitor = RoutingMonitor(ranker)
-    if not usable:
-        return ranker, monitor  # nothing to learn from: the graph's order stays
+    if not lists:
+        return ranker, monitor  # nothing to learn from: the sources' order stays
+    features_UCF, wanted_UC, possible_UC = (torch.cat(parts) for parts in zip(*lists, strict=True))
+    features_UCF = features_UCF[..., config.columns]
+    flat = features_UCF[possible_UC]
+    ranker.mean_F.copy_(flat.mean(0))
+    ranker.std_F.copy_(flat.std(0) + 1e-6)
+    num_lists = len(features_UCF)
+    steps = max(1, num_lists // training.lists_a_step)
 
-    def batches(_: int) -> Iterator[tuple[Snapshot, Tensor]]:
-        for _step in range(_STEPS_AN_EPOCH):
-            snapshot = usable[int(torch.randint(len(usable), (), generator=generator))]
-            pick = torch.randint(len(snapshot.users), (training.users_a_step,), generator=generator)
-            yield snapshot, snapshot.users[pick]
+    def batches(_: int) -> Iterator[Tensor]:
+        yield from torch.randperm(num_lists, generator=generator).tensor_split(steps)
 
-    num_epochs = max(1, training.num_steps // _STEPS_AN_EPOCH)
+    def loss(users: Tensor) -> Tensor:
+        logits, balance = ranker(features_UCF[users])
+        logits = logits.masked_fill(~possible_UC[users], _MASKED_OUT)
+        wanted = wanted_UC[users].float()
+        likelihood = (logits.log_softmax(1) * wanted).sum(1) / wanted.sum(1)
+        total: Tensor = balance - likelihood.mean()
+        return total
 
     def epoch_done(epoch: int, _: float) -> None:
         monitor.metrics()
-        on_progress(epoch / num_epochs)
+        on_progress(epoch / training.num_epochs)
 
     with monitor:
         fit(
             ranker,
             batches=batches,
-            num_batches=_STEPS_AN_EPOCH,
-            loss=lambda batch: _list_loss(ranker, *batch, training, generator),
+            num_batches=steps,
+            loss=loss,
             evaluate=None,
             config=TrainConfig(
-                num_epochs=num_epochs, learning_rate=training.learning_rate, weight_decay=training.weight_decay
+                num_epochs=training.num_epochs,
+                learning_rate=training.learning_rate,
+                weight_decay=training.weight_decay,
             ),
             on_epoch=epoch_done,
         )
     return ranker, monitor
-
-
-def _snapshot(
-    holdout: Holdout,
-    vectors: ItemVectors,
-    config: RankerConfig,
-    facts: ItemFacts,
-    store_features_MIF: NDArray[np.float32],
-    *,
-    repeats: bool,
-) -> Snapshot:
-    scorer = GraphScorer(holdout.seen, vectors, facts)
-    user_UD = scorer.user_vectors(holdout.seen)
-    scores_UI = scorer.graph_scores(user_UD)
-    candidates = top_candidates(scores_UI, None if repeats else holdout.seen, config.num_candidates)
-    side = scorer.side_features(holdout.seen, scores_UI, candidates)
-    store = store_features_MIF[holdout.moment_U[:, None], candidates]
-    positive = np.take_along_axis(holdout.labels.toarray() > 0, candidates, axis=1)
-    return Snapshot(
-        torch.from_numpy(user_UD),
-        torch.from_numpy(vectors.item_ID),
-        torch.from_numpy(candidates),
-        torch.from_numpy(np.concatenate([side, store], axis=-1)),
-        torch.from_numpy(positive),
-        torch.from_numpy(np.flatnonzero(positive.any(axis=1))),
-    )
-
-
-def _list_loss(
-    ranker: PairRanker,
-    snapshot: Snapshot,
-    users: Tensor,
-    training: RankerTraining,
-    generator: torch.Generator,
-) -> Tensor:
-    """Softmax over a list of each user; sampled tail items count for all the tail (log-Q correction)."""
-    positive = snapshot.positive_UC[users]
-    priority = torch.rand(positive.shape, generator=generator) + 9.0 * positive.float()
-    priority[:, : training.num_hard] += 2.0
-    chosen = priority.topk(min(training.list_size, positive.shape[1]), dim=1).indices
-    in_tail = ~positive
-    in_tail[:, : training.num_hard] = False
-    tail = in_tail.gather(1, chosen)
-    share = in_tail.sum(1, keepdim=True) / tail.sum(1, keepdim=True).clamp(min=1)
-    correction = torch.where(tail, share.clamp(min=1.0).log(), 0.0)
-    side = snapshot.side_UCS[users].gather(1, chosen.unsqueeze(-1).expand(-1, -1, snapshot.side_UCS.shape[-1]))
-    items = snapshot.item_ID[snapshot.candidates_UC[users].gather(1, chosen)]
-    logits, balance = ranker(snapshot.user_UD[users], items, side)
-    labels = positive.gather(1, chosen)
-    log_probability = (logits + correction).log_softmax(1)
-    count = labels.sum(1).clamp(min=1)
-    per_user = -(log_probability * labels).sum(1) / count.sqrt()
-    loss: Tensor = per_user.sum() / count.sqrt().sum() + balance
-    return loss

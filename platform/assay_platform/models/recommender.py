@@ -1,11 +1,11 @@
-"""The recommender: graph vectors find candidates, an MoE ranker orders them.
+"""The recommender: sources score every item for a history, an MoE ranker orders the best of them.
 
 `PairRanker` is the torch module, on the same backbone as the fraud model. `Recommender` is what services and
-pipelines hold: vectors, ranker, histories and item facts, saved and loaded as an artifact. It needs no graph
+pipelines hold: sources, ranker, histories and item facts, saved and loaded as an artifact. It needs no graph
 library: a user's vector is a sum over its history.
 """
 
-# U users, I items, D width of a vector, C candidates, S side features of a (user, item) pair, H history length
+# N users, I items, D width of a vector, C candidates, F features of a (user, item) pair
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,68 +21,87 @@ from torch import Tensor, nn
 
 from assay_platform.errors import ArtifactError
 from assay_platform.models.artifact import load_artifact, load_weights, save_artifact
+from assay_platform.models.histories import (
+    DAY_US,
+    OWN_FEATURES,
+    USER_FEATURES,
+    Floats,
+    Histories,
+    Index,
+    OwnPast,
+)
+from assay_platform.models.item_regression import ItemRegression
 from assay_platform.moe import Backbone, BackboneConfig
 
-Floats = NDArray[np.float32]
-Index = NDArray[np.int64]
-
-# Side features that come from the graph and the item table; features from the store are appended to these.
-GRAPH_FEATURES = ("graph_score", "log_popularity", "co_occurrence", "category_match", "log_history")
+# What sources and the item table say of a pair; features of the store are appended to PAIR_FEATURES.
+SOURCE_FEATURES = (
+    "regression", "regression_z", "liked_regression_z", "graph_log_softmax", "graph_z", "log_popularity",
+    "category_match", "days_after_first_taken", "days_before_last_taken", "share_who_repeat", "days_a_taker",
+)  # fmt: skip
+PAIR_FEATURES = (*SOURCE_FEATURES, *OWN_FEATURES, *USER_FEATURES)
+_OWN_CANDIDATES = 0.75  # the most of the candidates that may come from a user's own past
+_FAR = 5.0  # standard deviations beyond which a feature says nothing more
 _TOKEN = re.compile(r"[|,;\s]+")
 _MAX_TOKENS = 512
 _RANKING_CHUNK = 256
 
 
-_RANKER_BACKBONE = BackboneConfig(width=64, hidden=64, num_blocks=1, num_experts=4, top_k=2, dropout=0.3)
+_RANKER_BACKBONE = BackboneConfig(width=64, hidden=64, num_blocks=1, num_experts=4, top_k=2, dropout=0.2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankerConfig:
-    """Shape of the ranker. num_store_features: item features read from the feature store."""
+    """Shape of the ranker. features: which of PAIR_FEATURES it takes. num_store_features: item features read from the
+    feature store, after these.
+    """
 
-    vector_width: int = 64
+    features: tuple[str, ...] = PAIR_FEATURES
     num_store_features: int = 0
-    num_candidates: int = 300
+    num_candidates: int = 200
     backbone: BackboneConfig = field(default_factory=lambda: _RANKER_BACKBONE)
 
     @property
-    def num_side(self) -> int:
-        """S."""
-        return len(GRAPH_FEATURES) + self.num_store_features
+    def num_features(self) -> int:
+        """F."""
+        return len(self.features) + self.num_store_features
+
+    @property
+    def columns(self) -> list[int]:
+        """Where its features are among those of `Candidates`.
+
+        Raises:
+            ArtifactError: this release does not have one of them.
+        """
+        unknown = sorted(set(self.features) - set(PAIR_FEATURES))
+        if unknown:
+            raise ArtifactError(f"the ranker takes the feature {unknown[0]!r}, which this release does not have")
+        places = [PAIR_FEATURES.index(name) for name in self.features]
+        return [*places, *range(len(PAIR_FEATURES), len(PAIR_FEATURES) + self.num_store_features)]
 
 
 class PairRanker(nn.Module):
-    """Re-scores candidates: a · graph score + MoE([user, item, user ∘ item, side features]).
+    """Scores candidates by their features: linear + MoE, both of which start at zero."""
 
-    The MoE part starts at zero, so an untrained ranker keeps the graph's order.
-    """
-
-    side_mean_S: Tensor
-    side_std_S: Tensor
-    vector_scale: Tensor
+    mean_F: Tensor
+    std_F: Tensor
 
     def __init__(self, config: RankerConfig) -> None:
         super().__init__()
-        num_side = config.num_side
-        self.register_buffer("side_mean_S", torch.zeros(num_side))
-        self.register_buffer("side_std_S", torch.ones(num_side))
-        self.register_buffer("vector_scale", torch.ones(2))
-        self.input_dropout = nn.Dropout(config.backbone.dropout)
-        self.backbone = Backbone(3 * config.vector_width + num_side, config.backbone)
+        self.register_buffer("mean_F", torch.zeros(config.num_features))
+        self.register_buffer("std_F", torch.ones(config.num_features))
+        self.linear = nn.Linear(config.num_features, 1)
+        self.backbone = Backbone(config.num_features, config.backbone)
         self.head = nn.Linear(config.backbone.width, 1)
-        self.graph_weight = nn.Parameter(torch.ones(()))
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for layer in (self.linear, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, user_ND: Tensor, item_NCD: Tensor, side_NCS: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, C) and the balance loss (scalar). side_NCS[..., 0] is the graph score."""
-        user_N1D = (user_ND / self.vector_scale[0]).unsqueeze(1).expand_as(item_NCD)
-        item_NCD = item_NCD / self.vector_scale[1]
-        side = (side_NCS - self.side_mean_S) / self.side_std_S
-        pair = torch.cat([user_N1D, item_NCD, user_N1D * item_NCD, side], dim=-1)
-        out = self.backbone(self.input_dropout(pair).flatten(0, 1))
-        correction_NC = self.head(out.y_ND).view(pair.shape[:2])
-        return self.graph_weight * side_NCS[..., 0] + correction_NC, out.balance_loss
+    def forward(self, features_NCF: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) and the balance loss (scalar)."""
+        scaled = ((features_NCF - self.mean_F) / self.std_F).clamp(-_FAR, _FAR)
+        out = self.backbone(scaled.flatten(0, 1))
+        correction_NC = self.head(out.y_ND).view(scaled.shape[:2])
+        return self.linear(scaled).squeeze(-1) + correction_NC, out.balance_loss
 
 
 class ItemFacts(NamedTuple):
@@ -126,61 +145,140 @@ class ItemVectors(NamedTuple):
     scale: float
 
 
-class GraphScorer:
-    """Scores of users, given as rows of a history matrix, over one graph. Pure functions of the arguments.
+class ItemPast(NamedTuple):
+    """What is known of every item's events: who took it how often, and when first and last. All (I,)."""
 
-    graph: (U, I) 0/1 interactions that vectors, popularity and co-occurrence come from.
+    takers: Floats
+    share_who_repeat: Floats
+    days_a_taker: Floats
+    first_us: Index
+    last_us: Index
+
+    @staticmethod
+    def of(histories: Histories, num_items: int) -> "ItemPast":
+        """Items that nobody took: no takers, first and last at the histories' moment."""
+        past = OwnPast(histories, num_items)
+        takers = np.bincount(past.item, minlength=num_items)
+        some = np.maximum(takers, 1)
+        now = int(histories.now_us.max(initial=0))
+        first, last = np.full(num_items, now), np.full(num_items, np.iinfo(np.int64).min)
+        np.minimum.at(first, histories.item, histories.time_us)
+        np.maximum.at(last, histories.item, histories.time_us)
+        last[takers == 0] = now
+        return ItemPast(
+            takers.astype(np.float32),
+            (np.bincount(past.item[past.days > 1], minlength=num_items) / some).astype(np.float32),
+            (np.bincount(past.item, past.days, num_items) / some).astype(np.float32),
+            first.astype(np.int64),
+            last.astype(np.int64),
+        )
+
+
+class Candidates(NamedTuple):
+    """What the ranker orders. item, score (N, C): best first by the sources alone. features (N, C, F)."""
+
+    item: Index
+    score: Floats
+    features: Floats
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that scores items for a history. Fitted on the events of one moment; pure functions of histories.
+
+    liked: the regression of what was liked alone, where ratings tell.
     """
 
-    def __init__(self, graph: sp.csr_matrix, vectors: ItemVectors, facts: ItemFacts) -> None:
-        self.graph = graph
-        self.vectors = vectors
-        self._facts = facts
-        degree = np.asarray(graph.sum(0)).ravel()
-        self.log_popularity_I = np.log1p(degree).astype(np.float32)
-        scale = np.maximum(degree, 1.0) ** -0.5
-        self._to_user = (vectors.item_ID * scale[:, None]).astype(np.float32)
-        self._scaled = sp.csr_matrix(graph @ sp.diags(scale)).astype(np.float32)
-        self._scaled_t = sp.csr_matrix(self._scaled.T)
+    regression: ItemRegression
+    liked: ItemRegression | None
+    vectors: ItemVectors
+    past: ItemPast
+    facts: ItemFacts
+    graph_weight: float = 0.5  # of the graph beside the regression where candidates are found
 
-    def user_vectors(self, history: sp.csr_matrix) -> Floats:
+    @property
+    def log_popularity(self) -> Floats:
+        """(I,) ln(1 + takers)."""
+        return np.log1p(self.past.takers)
+
+    def user_vectors(self, taken: sp.csr_matrix) -> Floats:
         """(N, D): the degree-normalised sum over each history; zeros for an empty one."""
-        length = np.maximum(np.asarray(history.sum(1)), 1.0)
-        return np.asarray(history @ self._to_user / np.sqrt(length), dtype=np.float32)
+        to_user = self.vectors.item_ID * np.maximum(self.past.takers, 1.0)[:, None] ** -0.5
+        length = np.maximum(np.asarray(taken.sum(1)), 1.0)
+        return np.asarray(taken @ to_user / np.sqrt(length), dtype=np.float32)
 
-    def graph_scores(self, user_ND: Floats) -> Floats:
-        """(N, I) log-softmax over all items, minus each user's highest."""
-        logits = (user_ND @ self.vectors.item_ID.T) * self.vectors.scale + self.vectors.bias_I
-        # The log-normaliser is the same for all items of a user, so subtracting the highest removes it too.
-        return np.asarray(logits - logits.max(axis=1, keepdims=True), dtype=np.float32)
+    def graph_scores(self, taken: sp.csr_matrix) -> Floats:
+        """(N, I) log-softmax over all items."""
+        logits = (self.user_vectors(taken) @ self.vectors.item_ID.T) * self.vectors.scale + self.vectors.bias_I
+        logits -= logits.max(axis=1, keepdims=True)
+        return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), dtype=np.float32)
 
-    def side_features(self, history: sp.csr_matrix, scores_NI: Floats, candidates_NC: Index) -> Floats:
-        """(N, C, len(GRAPH_FEATURES)) of candidates."""
-        length_N1 = np.maximum(np.asarray(history.sum(1)), 1.0).astype(np.float32)
-        # One hop over users who share items, each item's own contribution taken out.
-        together = ((history @ self._scaled_t) @ self._scaled).toarray() - history.toarray()
-        profile = np.asarray(history @ self._facts.categories_IG)
+    def candidates(
+        self, histories: Histories, num: int, store_IF: Floats, *, repeats: bool, excluded: sp.csr_matrix | None
+    ) -> Candidates:
+        """The items that regression and graph rank highest and, where items are taken again, what was taken before.
+
+        store_IF: item features of the store. excluded (N, I): come last, with a score of -inf.
+        """
+        num_items = len(self.past.takers)
+        taken, own = histories.matrix(num_items), OwnPast(histories, num_items)
+        regression, graph = self.regression.scores(taken), self.graph_scores(taken)
+        regression_z, graph_z = _standardised(regression), _standardised(graph)
+        score = regression_z + self.graph_weight * graph_z
+        if repeats:
+            _own_first(score, own, round(_OWN_CANDIDATES * num))
+        if excluded is not None:
+            score[excluded.nonzero()] = -np.inf
+        item = top_candidates(score, num)
+
+        def of(scores_NI: Floats) -> Floats:
+            return np.take_along_axis(scores_NI, item, axis=1)
+
+        liked_z = np.zeros(item.shape, dtype=np.float32)
+        if self.liked is not None:
+            liked_z = of(_standardised(self.liked.scores(histories.where(histories.liked).matrix(num_items))))
+        profile = taken @ self.facts.categories_IG
         profile /= np.maximum(np.linalg.norm(profile, axis=1, keepdims=True), 1e-6)
-        match = profile @ self._facts.categories_IG.T
-        rows = np.arange(len(scores_NI))[:, None]
+        match = np.einsum("ng,ncg->nc", profile, self.facts.categories_IG[item], optimize=True)
         columns = (
-            scores_NI[rows, candidates_NC],
-            self.log_popularity_I[candidates_NC],
-            np.log(np.maximum(together[rows, candidates_NC], 0.0) / length_N1 + 1e-3),
-            match[rows, candidates_NC],
-            np.broadcast_to(np.log(length_N1), candidates_NC.shape),
-        )
-        return np.stack([np.asarray(c, dtype=np.float32) for c in columns], axis=-1)
+            of(regression), of(regression_z), liked_z, of(graph), of(graph_z), self.log_popularity[item], match,
+            _signed_log((own.last_us[:, None] - self.past.first_us[item]) / DAY_US),
+            _signed_log((self.past.last_us[item] - own.first_us[:, None]) / DAY_US),
+            self.past.share_who_repeat[item], np.log1p(self.past.days_a_taker[item]),
+        )  # fmt: skip
+        parts = [
+            np.stack([np.asarray(c, dtype=np.float32) for c in columns], axis=-1),
+            own.features(item),
+            np.broadcast_to(own.user_features[:, None], (*item.shape, len(USER_FEATURES))),
+            store_IF[item],
+        ]
+        return Candidates(item, of(score), np.concatenate(parts, axis=-1, dtype=np.float32))
 
 
-def top_candidates(scores_NI: Floats, excluded: sp.csr_matrix | None, num: int) -> Index:
-    """(N, C) item indices by descending score, without the excluded items of each row."""
-    scores = scores_NI.copy()
-    if excluded is not None:
-        scores[excluded.nonzero()] = -np.inf
-    num = min(num, scores.shape[1])
-    rough = np.argpartition(-scores, num - 1, axis=1)[:, :num]
-    order = np.argsort(-np.take_along_axis(scores, rough, axis=1), axis=1, kind="stable")
+def _standardised(scores_NI: Floats) -> Floats:
+    mean, std = scores_NI.mean(axis=1, keepdims=True), scores_NI.std(axis=1, keepdims=True)
+    return np.asarray((scores_NI - mean) / (std + 1e-9), dtype=np.float32)
+
+
+def _signed_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.sign(values) * np.log1p(np.abs(values)))
+
+
+def _own_first(score_NI: Floats, own: OwnPast, num: int) -> None:
+    """Lift what each user took most, lately for more, above all else: the first `num` of it."""
+    decayed = own.decayed(-1)
+    order = np.lexsort((-decayed, own.user))
+    user = own.user[order]
+    starts = np.searchsorted(user, user, side="left")
+    order = order[np.arange(len(order)) - starts < num]
+    score_NI[own.user[order], own.item[order]] += 100.0 + decayed[order]
+
+
+def top_candidates(scores_NI: Floats, num: int) -> Index:
+    """(N, C) item indices by descending score."""
+    num = min(num, scores_NI.shape[1])
+    rough = np.argpartition(-scores_NI, num - 1, axis=1)[:, :num]
+    order = np.argsort(-np.take_along_axis(scores_NI, rough, axis=1), axis=1, kind="stable")
     return np.take_along_axis(rough, order, axis=1).astype(np.int64)
 
 
@@ -201,55 +299,71 @@ class Recommender:
         config: RankerConfig,
         users: Sequence[str],
         items: Sequence[str],
-        scorer: GraphScorer,
-        facts: ItemFacts,
+        histories: Histories,
+        sources: Sources,
         store_features_IF: Floats,
         repeats: bool,
         use_ranker: bool = True,
     ) -> None:
-        """store_features_IF: item features as the feature store had them at the end of training, transformed.
-
-        The ranker takes the first `config.num_store_features` of them.
+        """histories: of `users`, what the sources were fitted on. store_features_IF: item features as the feature store
+        had them at the end of training, transformed.
         """
         self._ranker = ranker.eval().requires_grad_(False)
         self.fences = ranker.backbone.guard()  # an expert that fails is left out, the others answer
-        self._config = config
+        self._config, self._columns = config, config.columns
         self.items = tuple(items)
         self._users = tuple(users)
         self.item_index = {item: i for i, item in enumerate(items)}
         self._user_index = {user: u for u, user in enumerate(users)}
-        self._scorer = scorer
-        self._facts = facts
+        self._histories, self._sources = histories, sources
         self.store_features_IF = store_features_IF
         self.repeats = repeats
         self.use_ranker = use_ranker
-        norms = np.linalg.norm(scorer.vectors.item_ID, axis=1, keepdims=True)
-        self._unit_ID = scorer.vectors.item_ID / np.maximum(norms, 1e-9)
+        norms = np.linalg.norm(sources.vectors.item_ID, axis=1, keepdims=True)
+        self._unit_ID = sources.vectors.item_ID / np.maximum(norms, 1e-9)
 
     @property
     def num_parameters(self) -> int:
-        """Trained weights: item vectors, biases and the ranker."""
-        return self._scorer.vectors.item_ID.size + len(self.items) + sum(p.numel() for p in self._ranker.parameters())
+        """Trained weights: of the regression, item vectors, biases and the ranker."""
+        sources = self._sources
+        learned = sources.regression.weights.nnz + sources.vectors.item_ID.size + len(self.items)
+        learned += 0 if sources.liked is None else sources.liked.weights.nnz
+        return int(learned) + sum(p.numel() for p in self._ranker.parameters())
 
     def title(self, item: int) -> str:
         """For people."""
-        return self._facts.titles[item]
+        return self._sources.facts.titles[item]
 
     def knows_user(self, user: str) -> bool:
         """Whether training saw this user."""
         return user in self._user_index
 
-    def history(self, user: str, recent: Sequence[str] = ()) -> Index:
-        """Distinct item indices of a user: training history, then newer items that the model knows."""
-        row = self._user_index.get(user)
-        graph = self._scorer.graph
-        seen = [] if row is None else graph.indices[graph.indptr[row] : graph.indptr[row + 1]].tolist()
-        newer = [self.item_index[item] for item in recent if item in self.item_index]
-        return np.asarray(list(dict.fromkeys([*seen, *newer])), dtype=np.int64)
+    def history(self, user: str, recent: Sequence[tuple[int, str]] = (), *, now_us: int | None = None) -> Histories:
+        """One user's events: those of training, and of `recent`, as (time_us, item), what the model knows besides.
+
+        now_us: by default just after the newest event of all.
+        """
+        row, held = self._user_index.get(user), self._histories
+        # What is known of a newer event is when and what, so it counts as liked.
+        liked = {(time_us, self.item_index[item]): True for time_us, item in recent if item in self.item_index}
+        if row is not None:
+            part = held.part(row, row + 1)
+            known = zip(part.time_us.tolist(), part.item.tolist(), part.liked.tolist(), strict=True)
+            liked |= {(time_us, item): flag for time_us, item, flag in known}
+        events = sorted(event for event in liked if now_us is None or event[0] < now_us)
+        latest = int(held.now_us.max(initial=0))
+        moment = max([latest, *(time_us + 1 for time_us, _ in events)]) if now_us is None else now_us
+        return Histories(
+            np.array([0, len(events)], dtype=np.int64),
+            np.array([item for _, item in events], dtype=np.int64),
+            np.array([time_us for time_us, _ in events], dtype=np.int64),
+            np.array([liked[event] for event in events], dtype=bool),
+            np.array([moment], dtype=np.int64),
+        )
 
     def rank(
         self,
-        history: sp.csr_matrix,
+        histories: Histories,
         *,
         num: int,
         excluded: sp.csr_matrix | None,
@@ -257,47 +371,40 @@ class Recommender:
     ) -> tuple[Index, Floats]:
         """Top `num` items (N, num) and their scores for N histories, full ranking: no item is left out unseen.
 
-        The ranker orders the graph's best, at least `num` of them. Excluded items come last, with a score of -inf.
+        The ranker orders the sources' best, at least `num` of them. Excluded items come last, with a score of -inf.
         """
         store_IF = self.store_features_IF if store_features_IF is None else store_features_IF
         tops, values = [], []
-        for start in range(0, history.shape[0], _RANKING_CHUNK):
-            rows = slice(start, start + _RANKING_CHUNK)
-            part_excluded = None if excluded is None else excluded[rows]
-            top, score = self._rank_chunk(history[rows], num, part_excluded, store_IF)
+        for start in range(0, histories.num_users, _RANKING_CHUNK):
+            end = min(start + _RANKING_CHUNK, histories.num_users)
+            part_excluded = None if excluded is None else excluded[start:end]
+            top, score = self._rank_chunk(histories.part(start, end), num, part_excluded, store_IF)
             tops.append(top)
             values.append(score)
         return np.concatenate(tops), np.concatenate(values)
 
     def _rank_chunk(
-        self, history: sp.csr_matrix, num: int, excluded: sp.csr_matrix | None, store_IF: Floats
+        self, histories: Histories, num: int, excluded: sp.csr_matrix | None, store_IF: Floats
     ) -> tuple[Index, Floats]:
-        user_ND = self._scorer.user_vectors(history)
-        scores_NI = self._scorer.graph_scores(user_ND)
-        num_candidates = max(num, self._config.num_candidates)
-        candidates_NC = top_candidates(scores_NI, excluded, num_candidates)
-        graph_NC = np.take_along_axis(scores_NI, candidates_NC, axis=1)
+        found = self._sources.candidates(
+            histories,
+            max(num, self._config.num_candidates),
+            store_IF[:, : self._config.num_store_features],
+            repeats=self.repeats,
+            excluded=excluded,
+        )
         if not self.use_ranker:
-            return candidates_NC[:, :num], graph_NC[:, :num]
-        side = self._scorer.side_features(history, scores_NI, candidates_NC)
-        store = store_IF[candidates_NC, : self._config.num_store_features]
-        side = np.concatenate([side, store], axis=-1)
+            return found.item[:, :num], found.score[:, :num]
         with torch.inference_mode():
-            logits, _ = self._ranker(
-                torch.from_numpy(user_ND),
-                torch.from_numpy(self._scorer.vectors.item_ID[candidates_NC]),
-                torch.from_numpy(side),
-            )
-        final_NC = logits.numpy()
-        if excluded is not None:  # where few items are left, excluded ones are among the candidates
-            rows = np.arange(len(candidates_NC))[:, None]
-            final_NC = np.where(excluded[rows, candidates_NC].toarray() != 0, -np.inf, final_NC)
+            logits, _ = self._ranker(torch.from_numpy(found.features[..., self._columns]))
+        # Where few items are left, excluded ones are among the candidates.
+        final_NC = np.where(np.isneginf(found.score), -np.inf, logits.numpy())
         order = np.argsort(-final_NC, axis=1, kind="stable")[:, :num]
-        return np.take_along_axis(candidates_NC, order, axis=1), np.take_along_axis(final_NC, order, axis=1)
+        return np.take_along_axis(found.item, order, axis=1), np.take_along_axis(final_NC, order, axis=1)
 
     def recommend(
         self,
-        history: Index,
+        history: Histories,
         *,
         k: int,
         exclude: Index,
@@ -305,60 +412,66 @@ class Recommender:
     ) -> Ranked:
         """Best k items for one history, without the excluded ones."""
         num_items = len(self.items)
-        row = sp.csr_matrix(
-            (np.ones(len(history), dtype=np.float32), (np.zeros(len(history), dtype=np.int64), history)),
-            (1, num_items),
-        )
         excluded = sp.csr_matrix(
             (np.ones(len(exclude)), (np.zeros(len(exclude), dtype=np.int64), exclude)), (1, num_items)
         )
         k = min(k, num_items - len(exclude))
         if k <= 0:
             return Ranked([], [])
-        top, score = self.rank(row, num=k, excluded=excluded, store_features_IF=store_features_IF)
+        top, score = self.rank(history, num=k, excluded=excluded, store_features_IF=store_features_IF)
         return Ranked(top[0].tolist(), [float(v) for v in score[0]])
 
     def recommend_known(self, user: str, *, k: int) -> list[tuple[str, float]]:
         """Item ids and scores from the training history alone; popular items for an unknown user."""
         history = self.history(user)
-        if not len(history):
-            return [(self.items[i], float(s)) for i, s in zip(*self.popular(k, np.zeros(0, np.int64)), strict=True)]
-        ranked = self.recommend(history, k=k, exclude=np.zeros(0, np.int64) if self.repeats else history)
+        seen = np.unique(history.item)
+        if not len(seen):
+            return [(self.items[i], float(s)) for i, s in zip(*self.popular(k, seen), strict=True)]
+        ranked = self.recommend(history, k=k, exclude=seen[:0] if self.repeats else seen)
         return [(self.items[i], s) for i, s in zip(ranked.items, ranked.scores, strict=True)]
 
     def popular(self, k: int, exclude: Index, popularity_I: NDArray[np.floating] | None = None) -> Ranked:
         """The answer for somebody of whom nothing is known. popularity_I: fresher counts, if there are any."""
-        score_I = np.asarray(self._scorer.log_popularity_I if popularity_I is None else popularity_I, dtype=np.float64)
+        score_I = np.asarray(self._sources.log_popularity if popularity_I is None else popularity_I, dtype=np.float64)
         score_I = score_I.copy()
         score_I[exclude] = -np.inf
         order = np.argsort(-score_I, kind="stable")[: max(0, min(k, len(score_I) - len(exclude)))]
         return Ranked(order.tolist(), [float(v) for v in score_I[order]])
 
-    def nearest_in_history(self, item: int, history: Index) -> int | None:
-        """The item of a history whose vector is closest: what a recommendation is explained by."""
-        if not len(history):
+    def nearest_in_history(self, item: int, taken: Index) -> int | None:
+        """The item of those taken whose vector is closest: what a recommendation is explained by."""
+        if not len(taken):
             return None
-        similarity = self._unit_ID[history] @ self._unit_ID[item]
-        return int(history[int(np.argmax(similarity))])
+        similarity = self._unit_ID[taken] @ self._unit_ID[item]
+        return int(taken[int(np.argmax(similarity))])
 
     def save(self, folder: Path, companions: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the artifact; see `artifact`."""
-        graph, vectors = self._scorer.graph, self._scorer.vectors
+        sources, held = self._sources, self._histories
+        vectors, regressions = sources.vectors, {"regression": sources.regression, "liked": sources.liked}
         tensors = {f"ranker.{name}": value for name, value in self._ranker.state_dict().items()}
-        tensors |= {
-            "item_ID": torch.from_numpy(vectors.item_ID),
-            "bias_I": torch.from_numpy(vectors.bias_I),
-            "categories_IG": torch.from_numpy(self._facts.categories_IG),
-            "store_features_IF": torch.from_numpy(self.store_features_IF),
-            "history_start": torch.from_numpy(graph.indptr.astype(np.int64)),
-            "history_item": torch.from_numpy(graph.indices.astype(np.int64)),
+        arrays = {
+            **{
+                f"{name}.{part}": array
+                for name, regression in regressions.items()
+                if regression is not None
+                for part, array in regression.arrays().items()
+            },
+            "item_ID": vectors.item_ID,
+            "bias_I": vectors.bias_I,
+            "categories_IG": sources.facts.categories_IG,
+            "store_features_IF": self.store_features_IF,
+            **{f"past.{name}": array for name, array in sources.past._asdict().items()},
+            **{f"history.{name}": array for name, array in held._asdict().items()},
         }
+        tensors |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         config = {
             "ranker": asdict(self._config),
             "users": self._users,
             "items": self.items,
-            "titles": self._facts.titles,
+            "titles": sources.facts.titles,
             "scale": vectors.scale,
+            "graph_weight": sources.graph_weight,
             "repeats": self.repeats,
             "use_ranker": self.use_ranker,
         }
@@ -373,18 +486,31 @@ class Recommender:
         """
         config, tensors = load_artifact(folder, kind="recommend")
         try:
+            shape = config["ranker"]
             ranker_config = RankerConfig(
-                **{**config["ranker"], "backbone": BackboneConfig(**config["ranker"]["backbone"])}
+                features=tuple(shape["features"]),
+                num_store_features=int(shape["num_store_features"]),
+                num_candidates=int(shape["num_candidates"]),
+                backbone=BackboneConfig(**shape["backbone"]),
             )
             users, items = [str(u) for u in config["users"]], [str(i) for i in config["items"]]
             facts = ItemFacts(tuple(config["titles"]), tensors.pop("categories_IG").numpy())
             vectors = ItemVectors(tensors.pop("item_ID").numpy(), tensors.pop("bias_I").numpy(), float(config["scale"]))
+            regressions = {
+                name: ItemRegression.of_arrays(
+                    {part: tensors.pop(f"{name}.{part}").numpy() for part in ("weight", "item", "start")}
+                )
+                for name in ("regression", "liked")
+                if f"{name}.weight" in tensors
+            }
+            regression, liked = regressions["regression"], regressions.get("liked")
+            past = ItemPast(*(tensors.pop(f"past.{name}").numpy() for name in ItemPast._fields))
+            histories = Histories(*(tensors.pop(f"history.{name}").numpy() for name in Histories._fields))
             store_features_IF = tensors.pop("store_features_IF").numpy()
-            start, item = tensors.pop("history_start").numpy(), tensors.pop("history_item").numpy()
+            graph_weight = float(config["graph_weight"])
             repeats, use_ranker = bool(config["repeats"]), bool(config["use_ranker"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{folder}: config.json does not describe a recommender: {error}") from error
-        graph = sp.csr_matrix((np.ones(len(item), dtype=np.float32), item, start), (len(users), len(items)))
         ranker = PairRanker(ranker_config)
         load_weights(ranker, {name.removeprefix("ranker."): t for name, t in tensors.items()}, folder)
         return Recommender(
@@ -392,8 +518,8 @@ class Recommender:
             config=ranker_config,
             users=users,
             items=items,
-            scorer=GraphScorer(graph, vectors, facts),
-            facts=facts,
+            histories=histories,
+            sources=Sources(regression, liked, vectors, past, facts, graph_weight),
             store_features_IF=store_features_IF,
             repeats=repeats,
             use_ranker=use_ranker,

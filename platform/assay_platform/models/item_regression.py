@@ -1,0 +1,115 @@
+"""Each item predicted from the others of a history, in closed form.
+
+EASE (Steck, 'Embarrassingly Shallow Autoencoders for Sparse Data', arXiv:1905.03375) with three changes. A user weighs
+1 / sqrt(how many items it took), so that few long histories do not decide. Items that users took close in time count as
+taken together once more (what a shop calls a basket). And of each item only the strongest weights are kept, so
+that a score is a sum over short lists.
+"""
+
+# N users, I items, K weights kept an item
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from assay_platform.models.histories import Floats, Histories
+
+# Pairs further apart in a user's history are not looked at.
+_MAX_STEPS = 60
+_MAX_KEPT = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """penalty: λ of EASE. closeness_s: seconds in which being close counts a third; 0 leaves time out."""
+
+    penalty: float = 500.0
+    closeness_s: float = 150.0
+
+
+@dataclass(frozen=True)
+class ItemRegression:
+    """weights (I, I): of a history item (row) for an item to score (column)."""
+
+    weights: sp.csr_matrix
+
+    def scores(self, taken: sp.csr_matrix) -> Floats:
+        """(N, I) of histories, given as a 0/1 matrix."""
+        return np.asarray((taken @ self.weights).toarray(), dtype=np.float32)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What is saved of it."""
+        weights = self.weights
+        return {
+            "weight": weights.data.astype(np.float32),
+            "item": weights.indices.astype(np.int32),
+            "start": weights.indptr.astype(np.int64),
+        }
+
+    @staticmethod
+    def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> "ItemRegression":
+        """From what was saved."""
+        num_items = len(arrays["start"]) - 1
+        parts = (arrays["weight"], arrays["item"], arrays["start"])
+        return ItemRegression(sp.csr_matrix(parts, (num_items, num_items)))
+
+
+def together(histories: Histories, num_items: int, closeness_s: float) -> sp.csr_matrix:
+    """(I, I) symmetric: how often two items were taken close in time, exp(-gap / closeness) each time.
+
+    histories: each item of a user once.
+    """
+    user, item, time_s = histories.users(), histories.item, histories.time_us / 1e6
+    total = sp.csr_matrix((num_items, num_items))
+    for steps in range(1, _MAX_STEPS + 1):
+        gap = time_s[steps:] - time_s[:-steps]
+        near = np.flatnonzero((user[steps:] == user[:-steps]) & (gap < 5 * closeness_s))
+        if not len(near):
+            break
+        pairs = (item[near], item[near + steps])
+        total = total + sp.csr_matrix((np.exp(-gap[near] / closeness_s), pairs), total.shape)
+    return sp.csr_matrix(total + total.T)
+
+
+def fit_item_regression(histories: Histories, num_items: int, config: RegressionConfig) -> ItemRegression:
+    """The closed form; memory and time grow with I² and I³: 8,000 items take 1.5 GB and half a minute."""
+    once = histories.once()
+    taken = once.matrix(num_items)
+    length = np.diff(once.start)
+    # Weights of users that took the mean number of items are 1, so that the penalty means the same in every table.
+    weight = np.sqrt(max(1.0, float(length[length > 0].mean())) / np.maximum(length, 1))
+    gram = (taken.T @ taken.multiply(weight[:, None])).toarray().astype(np.float32)
+    if config.closeness_s > 0:
+        gram += together(once, num_items, config.closeness_s)
+    gram[np.diag_indices_from(gram)] += config.penalty
+    inverse = _inverse(gram)
+    weights = inverse / -np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    return ItemRegression(_strongest(weights))
+
+
+def _inverse(gram: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of a symmetric positive definite matrix, in its place."""
+    from scipy.linalg import lapack
+
+    factor, failed = lapack.spotrf(gram, lower=1, overwrite_a=1)
+    inverse, failed_too = lapack.spotri(factor, lower=1, overwrite_c=1)
+    if failed or failed_too:
+        raise np.linalg.LinAlgError("the item matrix is not positive definite")
+    lower = np.tril(inverse)
+    return np.asarray(lower + np.tril(lower, -1).T)
+
+
+def _strongest(weights: NDArray[np.float32]) -> sp.csr_matrix:
+    """The largest weights of every column, by size."""
+    num_items = len(weights)
+    if num_items <= _MAX_KEPT:
+        return sp.csr_matrix(weights)
+    rows = np.argpartition(-np.abs(weights), _MAX_KEPT, axis=0)[:_MAX_KEPT]
+    columns = np.broadcast_to(np.arange(num_items), rows.shape)
+    kept = (weights[rows, columns].ravel(), (rows.ravel(), columns.ravel()))
+    return sp.csr_matrix(kept, weights.shape)
