@@ -5,7 +5,10 @@ after all before it, the 8,000 products bought most before). Everyone is tuned o
 configurations, then fitted again on train + validation with every seed; the test part is ranked once, in full.
 Intervals: 95 % of 1,000 Poisson bootstraps of users, of means over seeds, differences for the same users.
 
-    assay bench recommend_quality [--json] [--data movielens-100k] [--only PART,PART] [--seeds 0,1,2] [--trials N]
+    assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--only PART,PART] [--seeds 0,1,2]
+                                  [--trials N]
+
+With --new only items count that a user had not taken before.
 
 Parts: ours; without graph, without regression, without closeness (time between what is taken), without liked (ratings),
 linear (no MoE), dense (all experts for every pair), sources (no ranker); ials, bpr. EASE, popularity and own frequency
@@ -63,12 +66,14 @@ class Outcome(NamedTuple):
     seconds: list[float]
 
 
-def prepare(name: str) -> Prepared:
+def prepare(name: str, new: bool) -> Prepared:
     """The data set as `assay run recommend` sees it."""
     config = load_config()
     folder = get_dataset(name, config.paths.data)
     schema = CATALOGUE[name].schema(folder)
     assert isinstance(schema, RecommendSchema)
+    if new:
+        schema = replace(schema, split=replace(schema.split, repeats=False))
     options = RunOptions(
         config=config, application="recommend", data=name, table=folder / EVENTS, schema=schema, schema_folder=folder,
         model_name="recommend-bench",
@@ -207,6 +212,7 @@ def main() -> None:
     """Every part asked for, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="movielens-100k")
+    parser.add_argument("--new", action="store_true")
     parser.add_argument("--only", default=",".join((*OURS, *PEERS)))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=8)
@@ -215,7 +221,7 @@ def main() -> None:
     unknown = sorted(set(wanted) - {*OURS, *PEERS})
     if unknown:
         raise SystemExit(f"--only: unknown part {unknown[0]!r}; known are {', '.join((*OURS, *PEERS))}")
-    prepared = prepare(call.data)
+    prepared = prepare(call.data, call.new)
     repeats = prepared.schema.split.repeats
 
     def progress(_done: float, _text: str) -> None:

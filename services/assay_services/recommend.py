@@ -136,15 +136,15 @@ class ItemRecommender:
         return self._items(ranked, taken), False
 
     def _items(self, ranked: Ranked, taken: NDArray[np.int64]) -> list[RecommendedItem]:
-        out = []
+        out, known = [], set(taken.tolist())
         for item, score in zip(ranked.items, ranked.scores, strict=True):
-            near = self._model.nearest_in_history(item, taken)
-            if near is None:
-                reason = "much in demand now"
-            elif near == item:
+            because = None if item in known else self._model.because(item, taken)
+            if item in known:
                 reason = "taken before"
+            elif because is None:
+                reason = "much in demand now"
             else:
-                reason = f"close to {self._model.title(near)} in this user's history"
+                reason = f"because of {self._model.title(because)} in this user's history"
             out.append(
                 RecommendedItem(
                     item_id=self._model.items[item], score=score, title=self._model.title(item), reason=reason

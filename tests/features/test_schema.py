@@ -7,10 +7,11 @@ from assay_features.schema import FraudSchema, RecommendSchema, read_schema, sch
 from assay_platform.errors import SchemaError
 
 FRAUD = {"kind": "fraud", "columns": {"timestamp": "t", "label": "y", "entities": ["c"], "numeric": ["a"]}}
+MOMENTS = {"validation_from": "2017-11-01", "test_from": "2017-12-01T06:00:00+01:00"}
 RECOMMEND = {"kind": "recommend", "columns": {"user": "u", "item": "i", "timestamp": "t"}}
 
 
-@pytest.mark.parametrize("document", [FRAUD, RECOMMEND])
+@pytest.mark.parametrize("document", [FRAUD, RECOMMEND, {**RECOMMEND, "split": MOMENTS}])
 def test_a_schema_survives_the_artifact(document: dict[str, object]) -> None:
     schema = schema_from_dict(document)
     assert schema_from_dict(schema_to_dict(schema)) == schema
@@ -59,6 +60,11 @@ def changed(**columns: object) -> dict[str, object]:
         ({**FRAUD, "split": {"train": "most"}}, "expected a number"),
         ({**FRAUD, "items": {}}, r"\[items\]"),
         ({**RECOMMEND, "split": {"protocol": "magic"}}, "'magic'"),
+        ({**RECOMMEND, "split": {"test_from": "2017-12-01"}}, "validation_from = None"),
+        ({**RECOMMEND, "split": {**MOMENTS, "test_from": "soon"}}, "test_from = 'soon'"),
+        ({**RECOMMEND, "split": {**MOMENTS, "test_from": "2017-01-01"}}, "not before test_from"),
+        ({**RECOMMEND, "split": {**MOMENTS, "protocol": "random"}}, "need protocol 'temporal'"),
+        ({**FRAUD, "split": MOMENTS}, "belong to kind = 'recommend'"),
         ({**RECOMMEND, "columns": {"user": "u", "item": "u", "timestamp": "t"}}, "more than once"),
         ({**FRAUD, "extra": 1}, "'extra'"),
     ],

@@ -6,10 +6,11 @@ import scipy.sparse as sp
 from assay_features.schema import Split
 from assay_pipelines.fraud.evaluate import expected_calibration_error, fraud_metrics, tolerated_calibration_error
 from assay_pipelines.gate import check_candidate
-from assay_pipelines.recommend.baseline import ease_scores
-from assay_pipelines.recommend.evaluate import ranking_metrics
+from assay_pipelines.recommend.baseline import ease_scores, frequency_scores
+from assay_pipelines.recommend.evaluate import Hits, interval, ranking_metrics
 from assay_pipelines.recommend.split import split_interactions
 from assay_platform.errors import DataError
+from assay_platform.models.histories import Histories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,15 @@ def test_parts_are_disjoint_complete_and_follow_the_protocol(users: list[int], p
             assert set(parts.validation) & set(mine) == {mine[-2]}
     again = split_interactions(codes, split, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_moments_part_interactions_by_time() -> None:
+    day = np.repeat(np.arange(10, dtype=np.int64), 3)
+    split = Split(validation_from="1970-01-06", test_from="1970-01-08T12:00:00+12:00")
+    parts = split_interactions(np.arange(30) % 4, split, seed=0, time_us=day * 86_400_000_000)
+    assert day[parts.fit].tolist() == [d for d in range(5) for _ in range(3)]
+    assert set(day[parts.validation]) == {5, 6}
+    assert set(day[parts.test]) == {7, 8, 9}
 
 
 def test_too_few_interactions_for_a_split_are_refused() -> None:
@@ -59,6 +69,32 @@ def test_ranking_metrics_equal_a_loop() -> None:
     assert metrics["recall_at_20"] == pytest.approx(np.mean(recall))
     assert metrics["coverage"] == pytest.approx(len({i for row in top for i in row[:10]}) / 50, abs=0.2)
     assert 0 <= metrics["diversity"] <= 1
+    first = [next((1 / (i + 1) for i, item in enumerate(top[u][:10]) if test[u, item]), 0.0) for u in range(40)]
+    wanting = np.diff(test.indptr) > 0
+    assert metrics["mrr_at_10"] == pytest.approx(np.mean(np.array(first)[wanting]))
+    shown = np.bincount(top[wanting, :10].ravel(), minlength=50).astype(float)
+    differences = np.abs(shown[:, None] - shown[None]).mean() / (2 * shown.mean())
+    assert metrics["gini"] == pytest.approx(differences)
+    some = np.arange(40) < 20
+    assert Hits.of(top, test).of_users(some).ndcg().tolist() == Hits.of(top[:20], test[:20]).ndcg().tolist()
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_more_users() -> None:
+    rng = np.random.default_rng(0)
+    few, many = interval(rng.random(50)), interval(rng.random(5000))
+    assert few[0] < 0.5 < few[1]
+    assert many[0] < 0.5 < many[1]
+    assert many[1] - many[0] < 0.3 * (few[1] - few[0])
+
+
+def test_own_frequency_prefers_what_was_taken_often_and_lately() -> None:
+    day_us = 86_400_000_000
+    histories = Histories.of(
+        np.zeros(4, dtype=np.int64), np.array([0, 0, 1, 2]), np.array([0, 0, 0, 90]) * day_us,
+        num_users=1, now_us=100 * day_us,
+    )  # fmt: skip
+    assert np.argsort(-frequency_scores(histories, 4, 20.0)[0]).tolist()[:3] == [2, 0, 1]
+    assert np.argsort(-frequency_scores(histories, 4, 1e6)[0], kind="stable").tolist()[0] == 0
 
 
 def test_ease_never_recommends_an_item_for_itself() -> None:

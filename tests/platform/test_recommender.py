@@ -203,6 +203,25 @@ def test_the_regression_without_time_is_ease_with_users_weighed() -> None:
     assert found.weights.diagonal().max() == 0
 
 
+def test_scores_are_sums_of_what_each_item_adds(recommender: Recommender) -> None:
+    histories = made_up(300)
+    regression = recommender._sources.regression
+    taken = histories.matrix(NUM_ITEMS)
+    scores = regression.scores(taken)
+    np.testing.assert_allclose(scores, (taken @ regression.weights).toarray(), atol=1e-5)
+    graph = recommender._sources.graph_scores(taken)
+    for user in range(NUM_USERS):
+        own = np.unique(histories.part(user, user + 1).item)
+        for item in (0, 7, 49):
+            added = regression.added(own, item)
+            assert added.sum() == pytest.approx(scores[user, item], abs=1e-5)
+            because = recommender.because(item, own)
+            if len(own) and added.max() > 0:
+                assert because == own[int(np.argmax(added))]
+    assert recommender.because(3, np.zeros(0, dtype=np.int64)) is None
+    np.testing.assert_allclose(np.exp(graph).sum(axis=1), 1.0, atol=1e-4)
+
+
 def test_histories_keep_the_first_time_of_each_item() -> None:
     histories = Histories.of(
         np.array([1, 0, 1, 1]), np.array([2, 2, 2, 0]), np.array([30, 20, 10, 40]), num_users=2, now_us=50

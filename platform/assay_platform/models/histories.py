@@ -73,10 +73,11 @@ class Histories(NamedTuple):
 
     def matrix(self, num_items: int) -> sp.csr_matrix:
         """(N, I) 0/1."""
-        ones = np.ones(len(self.item), dtype=np.float32)
-        taken = sp.csr_matrix((ones, (self.users(), self.item)), (self.num_users, num_items))
-        taken.sum_duplicates()
-        taken.data[:] = 1.0
+        key = np.unique(self.users() * num_items + self.item)
+        start = np.searchsorted(key, np.arange(self.num_users + 1) * num_items)
+        ones = np.ones(len(key), dtype=np.float32)
+        taken = sp.csr_matrix((ones, key % num_items, start), (self.num_users, num_items))
+        taken.has_sorted_indices = taken.has_canonical_format = True
         return taken
 
     def once(self) -> "Histories":

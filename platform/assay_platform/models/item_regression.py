@@ -10,13 +10,14 @@ that a score is a sum over short lists.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from assay_platform.models.histories import Floats, Histories
+from assay_platform.models.histories import Floats, Histories, Index
 
 # Pairs further apart in a user's history are not looked at.
 _MAX_STEPS = 60
@@ -39,7 +40,30 @@ class ItemRegression:
 
     def scores(self, taken: sp.csr_matrix) -> Floats:
         """(N, I) of histories, given as a 0/1 matrix."""
-        return np.asarray((taken @ self.weights).toarray(), dtype=np.float32)
+        from assay_platform.kernels.sparse_numba import add_rows
+
+        weights = self.weights
+        out = np.zeros(taken.shape, dtype=np.float32)
+        add_rows(taken.indptr, taken.indices, weights.indptr, weights.indices, weights.data, out)
+        return out
+
+    def added(self, taken: Index, item: int) -> Floats:
+        """(len(taken),) what each item of a history adds to the score of one item."""
+        by_item = self._by_item
+        part = slice(by_item.indptr[item], by_item.indptr[item + 1])
+        rows, weights = by_item.indices[part], by_item.data[part]
+        found = np.zeros(len(taken), dtype=np.float32)
+        at = np.searchsorted(rows, taken)
+        inside = np.flatnonzero(at < len(rows))
+        inside = inside[rows[at[inside]] == taken[inside]]
+        found[inside] = weights[at[inside]]
+        return found
+
+    @cached_property
+    def _by_item(self) -> sp.csc_matrix:
+        by_item = self.weights.tocsc()
+        by_item.sort_indices()
+        return by_item
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What is saved of it."""

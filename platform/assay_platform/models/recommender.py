@@ -10,6 +10,7 @@ library: a user's vector is a sum over its history.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,16 +197,20 @@ class Sources:
     facts: ItemFacts
     graph_weight: float = 0.5  # of the graph beside the regression where candidates are found
 
-    @property
+    @cached_property
     def log_popularity(self) -> Floats:
         """(I,) ln(1 + takers)."""
         return np.log1p(self.past.takers)
 
+    @cached_property
+    def to_user(self) -> Floats:
+        """(I, D) what an item adds to the vector of a user with one item."""
+        return np.asarray(self.vectors.item_ID * np.maximum(self.past.takers, 1.0)[:, None] ** -0.5, dtype=np.float32)
+
     def user_vectors(self, taken: sp.csr_matrix) -> Floats:
         """(N, D): the degree-normalised sum over each history; zeros for an empty one."""
-        to_user = self.vectors.item_ID * np.maximum(self.past.takers, 1.0)[:, None] ** -0.5
-        length = np.maximum(np.asarray(taken.sum(1)), 1.0)
-        return np.asarray(taken @ to_user / np.sqrt(length), dtype=np.float32)
+        length = np.maximum(np.diff(taken.indptr), 1.0)[:, None]
+        return np.asarray(taken @ self.to_user / np.sqrt(length), dtype=np.float32)
 
     def graph_scores(self, taken: sp.csr_matrix) -> Floats:
         """(N, I) log-softmax over all items."""
@@ -248,7 +253,8 @@ class Sources:
         )  # fmt: skip
         parts = [
             np.stack([np.asarray(c, dtype=np.float32) for c in columns], axis=-1),
-            own.features(item),
+            # What was taken before cannot be taken again otherwise.
+            own.features(item) if repeats else np.zeros((*item.shape, len(OWN_FEATURES)), dtype=np.float32),
             np.broadcast_to(own.user_features[:, None], (*item.shape, len(USER_FEATURES))),
             store_IF[item],
         ]
@@ -312,15 +318,13 @@ class Recommender:
         self.fences = ranker.backbone.guard()  # an expert that fails is left out, the others answer
         self._config, self._columns = config, config.columns
         self.items = tuple(items)
-        self._users = tuple(users)
+        self.users = tuple(users)
         self.item_index = {item: i for i, item in enumerate(items)}
         self._user_index = {user: u for u, user in enumerate(users)}
-        self._histories, self._sources = histories, sources
+        self.histories, self._sources = histories, sources
         self.store_features_IF = store_features_IF
         self.repeats = repeats
         self.use_ranker = use_ranker
-        norms = np.linalg.norm(sources.vectors.item_ID, axis=1, keepdims=True)
-        self._unit_ID = sources.vectors.item_ID / np.maximum(norms, 1e-9)
 
     @property
     def num_parameters(self) -> int:
@@ -343,7 +347,7 @@ class Recommender:
 
         now_us: by default just after the newest event of all.
         """
-        row, held = self._user_index.get(user), self._histories
+        row, held = self._user_index.get(user), self.histories
         # What is known of a newer event is when and what, so it counts as liked.
         liked = {(time_us, self.item_index[item]): True for time_us, item in recent if item in self.item_index}
         if row is not None:
@@ -438,16 +442,24 @@ class Recommender:
         order = np.argsort(-score_I, kind="stable")[: max(0, min(k, len(score_I) - len(exclude)))]
         return Ranked(order.tolist(), [float(v) for v in score_I[order]])
 
-    def nearest_in_history(self, item: int, taken: Index) -> int | None:
-        """The item of those taken whose vector is closest: what a recommendation is explained by."""
+    def because(self, item: int, taken: Index) -> int | None:
+        """The item of those taken that adds most to this item's score: to the regression's, or to the graph's where the
+        regression knows no connection. None if nothing adds to either.
+
+        Both scores are sums over what was taken, so this is what they say, not a guess beside them.
+        """
         if not len(taken):
             return None
-        similarity = self._unit_ID[taken] @ self._unit_ID[item]
-        return int(taken[int(np.argmax(similarity))])
+        sources = self._sources
+        for added in (sources.regression.added(taken, item), sources.to_user[taken] @ sources.vectors.item_ID[item]):
+            best = int(np.argmax(added))
+            if added[best] > 0:
+                return int(taken[best])
+        return None
 
     def save(self, folder: Path, companions: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the artifact; see `artifact`."""
-        sources, held = self._sources, self._histories
+        sources, held = self._sources, self.histories
         vectors, regressions = sources.vectors, {"regression": sources.regression, "liked": sources.liked}
         tensors = {f"ranker.{name}": value for name, value in self._ranker.state_dict().items()}
         arrays = {
@@ -467,7 +479,7 @@ class Recommender:
         tensors |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         config = {
             "ranker": asdict(self._config),
-            "users": self._users,
+            "users": self.users,
             "items": self.items,
             "titles": sources.facts.titles,
             "scale": vectors.scale,
