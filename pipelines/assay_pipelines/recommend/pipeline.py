@@ -15,6 +15,7 @@ from assay_features.events import Events
 from assay_features.items import item_plan, ranker_columns
 from assay_features.schema import RecommendSchema, schema_to_dict
 from assay_platform.models.histories import Floats, Histories, Index
+from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.recommender import ItemFacts, PairRanker, RankerConfig, Recommender, Sources, item_facts
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tuning.search import SearchResult
@@ -36,6 +37,7 @@ from assay_pipelines.recommend.train import (
     Recipe,
     choose_regression,
     fit_sources,
+    item_graph,
     make_lists,
     objective,
     train_ranker,
@@ -223,13 +225,13 @@ def tune_recommend(options: RunOptions, reporter: Reporter) -> SearchResult:
 
 
 def _search(options: RunOptions, reporter: Reporter, run: Any, prepared: Prepared) -> SearchResult:
-    repeats = prepared.schema.split.repeats
+    repeats, graph = prepared.schema.split.repeats, item_graph(prepared.fit, prepared.facts, RegressionConfig())
     return run_search(
         options,
         reporter,
         run,
         objective=objective,
-        data=EncoderData(fit=prepared.fit_matrix, validation=prepared.validation, repeats=repeats),
+        data=EncoderData(fit=graph, validation=prepared.validation, repeats=repeats),
         space=SPACE,
         defaults={**DEFAULTS, "seed": options.seed},
         max_epochs=int(DEFAULTS["num_epochs"]),

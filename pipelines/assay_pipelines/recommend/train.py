@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 import torch
-from assay_platform.models.graph import Adjacency, GraphEncoder, adjacency
+from assay_platform.models.graph import Adjacency, GraphEncoder, ItemGraph, adjacencies
 from assay_platform.models.histories import Floats, Histories
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.recommender import (
@@ -67,21 +67,18 @@ DEFAULTS: dict[str, Any] = {
 class _Masked(NamedTuple):
     """A graph without some edges, and what was kept and taken out, as (user, item) index pairs."""
 
-    graph: Adjacency
+    graph: list[Adjacency]
     kept: tuple[Tensor, Tensor]
     dropped: tuple[Tensor, Tensor]
 
 
-def _mask(edges: sp.coo_matrix, fraction: float, generator: np.random.Generator) -> _Masked:
-    keep = generator.random(edges.nnz) > fraction
+def _mask(graph: ItemGraph, fraction: float, generator: np.random.Generator) -> _Masked:
+    keep = generator.random(len(graph.user)) > fraction
 
     def pairs(rows: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(edges.row[rows].astype(np.int64)), torch.from_numpy(edges.col[rows].astype(np.int64))
+        return torch.from_numpy(graph.user[rows]), torch.from_numpy(graph.item[rows])
 
-    remaining = sp.csr_matrix(
-        (np.ones(int(keep.sum()), dtype=np.float32), (edges.row[keep], edges.col[keep])), edges.shape
-    )
-    return _Masked(adjacency(remaining), pairs(keep), pairs(~keep))
+    return _Masked(adjacencies(graph.matrices(keep)), pairs(keep), pairs(~keep))
 
 
 def _masked_edge_loss(logits_UI: Tensor, masked: _Masked, users: Tensor | None, num_users: int) -> Tensor:
@@ -101,10 +98,10 @@ def _masked_edge_loss(logits_UI: Tensor, masked: _Masked, users: Tensor | None, 
     return (weight * loss).sum() / weight.sum().clamp_min(1e-9)
 
 
-def _calibrate(encoder: GraphEncoder, edges: sp.coo_matrix, generator: np.random.Generator) -> None:
+def _calibrate(encoder: GraphEncoder, graph: ItemGraph, generator: np.random.Generator) -> None:
     """Start temperature and popularity bias where the loss of the untrained encoder is lowest."""
-    masked = _mask(edges, _CALIBRATION_MASK, generator)
-    log_popularity = torch.from_numpy(np.log1p(np.asarray(edges.sum(0)).ravel())).float()
+    masked = _mask(graph, _CALIBRATION_MASK, generator)
+    log_popularity = torch.from_numpy(np.log1p(np.bincount(graph.item, minlength=graph.num_items))).float()
     with torch.no_grad():
         user_UD, item_ID = encoder.eval()(masked.graph)
         user_UD, users = _some_users(user_UD, generator)
@@ -114,7 +111,7 @@ def _calibrate(encoder: GraphEncoder, edges: sp.coo_matrix, generator: np.random
         for scale in np.exp(np.linspace(np.log(0.3), np.log(6.0), 8)) / spread:
             for share in (0.0, 0.25, 0.5, 0.75):
                 trial_UI = logits_UI * float(scale) + share * log_popularity
-                loss = _masked_edge_loss(trial_UI, masked, users, edges.shape[0])
+                loss = _masked_edge_loss(trial_UI, masked, users, graph.num_users)
                 candidates.append((float(loss), float(scale), share))
         _, scale, share = min(candidates)
         encoder.log_scale.fill_(float(np.log(scale)))
@@ -129,30 +126,27 @@ def _some_users(user_UD: Tensor, generator: np.random.Generator) -> tuple[Tensor
 
 
 def train_encoder(
-    interactions: sp.csr_matrix,
+    graph: ItemGraph,
     params: Mapping[str, Any],
     *,
     seed: int,
     evaluate: Callable[[GraphEncoder], float] | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
 ) -> GraphEncoder:
-    """Fit a graph encoder to all interactions given."""
+    """Fit a graph encoder to all edges given."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    edges = sp.coo_matrix(interactions)
-    encoder = GraphEncoder(
-        interactions, width=params["width"], num_layers=params["num_layers"], dropout=params["dropout"]
-    )
-    _calibrate(encoder, edges, generator)
+    encoder = GraphEncoder(graph, width=params["width"], num_layers=params["num_layers"], dropout=params["dropout"])
+    _calibrate(encoder, graph, generator)
 
     def batches(_: int) -> Iterator[_Masked]:
         for _step in range(_STEPS_AN_EPOCH):
-            yield _mask(edges, generator.uniform(params["mask_low"], params["mask_high"]), generator)
+            yield _mask(graph, generator.uniform(params["mask_low"], params["mask_high"]), generator)
 
     def loss(masked: _Masked) -> Tensor:
         user_UD, item_ID = encoder(masked.graph)
         user_UD, users = _some_users(user_UD, generator)
-        return _masked_edge_loss(encoder.score(user_UD, item_ID), masked, users, edges.shape[0])
+        return _masked_edge_loss(encoder.score(user_UD, item_ID), masked, users, graph.num_users)
 
     config = TrainConfig(
         num_epochs=int(params["num_epochs"]),
@@ -172,10 +166,10 @@ def train_encoder(
     return encoder.eval()
 
 
-def item_vectors(encoder: GraphEncoder, interactions: sp.csr_matrix) -> ItemVectors:
+def item_vectors(encoder: GraphEncoder, graph: ItemGraph) -> ItemVectors:
     """Propagated item vectors over a graph."""
     with torch.no_grad():
-        _, item_ID = encoder(adjacency(interactions))
+        _, item_ID = encoder(adjacencies(graph.matrices()))
     return ItemVectors(
         np.ascontiguousarray(item_ID.numpy(), dtype=np.float32),
         encoder.bias_I.detach().numpy().copy(),
@@ -183,11 +177,12 @@ def item_vectors(encoder: GraphEncoder, interactions: sp.csr_matrix) -> ItemVect
     )
 
 
-def graph_ndcg(encoder: GraphEncoder, train: sp.csr_matrix, wanted: sp.csr_matrix, *, repeats: bool) -> float:
+def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, *, repeats: bool) -> float:
     """NDCG@10 of the encoder alone."""
     with torch.no_grad():
-        scores = encoder.score(*encoder(adjacency(train))).numpy()
-    return _ndcg(scores, train, wanted, repeats=repeats)
+        scores = encoder.score(*encoder(adjacencies(graph.matrices()))).numpy()
+    seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
+    return _ndcg(scores, seen, wanted, repeats=repeats)
 
 
 def _ndcg(scores_UI: Floats, seen: sp.csr_matrix, wanted: sp.csr_matrix, *, repeats: bool) -> float:
@@ -200,7 +195,7 @@ def _ndcg(scores_UI: Floats, seen: sp.csr_matrix, wanted: sp.csr_matrix, *, repe
 class EncoderData:
     """What one trial of a search needs."""
 
-    fit: sp.csr_matrix
+    fit: ItemGraph
     validation: sp.csr_matrix
     repeats: bool
 
@@ -256,10 +251,15 @@ class Recipe:
     graph_weight: float | None = None
 
 
+def item_graph(histories: Histories, facts: ItemFacts, regression: RegressionConfig) -> ItemGraph:
+    """Users, baskets by the regression's closeness, and categories."""
+    return ItemGraph.of(histories, facts.categories_IG, closeness_s=regression.closeness_s)
+
+
 def fit_sources(histories: Histories, recipe: Recipe, *, seed: int) -> Sources:
     """All sources from the same events."""
     num_items = len(recipe.facts.titles)
-    graph = histories.matrix(num_items)
+    graph = item_graph(histories, recipe.facts, recipe.regression)
     rated = not histories.liked.all()
     return Sources(
         fit_item_regression(histories, num_items, recipe.regression),

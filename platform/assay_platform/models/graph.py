@@ -1,30 +1,77 @@
-"""The user-item graph encoder: LightGCN without user embeddings, so that a new user needs no training.
+"""The graph encoder: LightGCN without user embeddings, so that a new user needs no training, over several relations.
 
-Items have base vectors; propagation over the degree-normalised bipartite graph smooths them, and a user is the
-normalised sum of the items in its history (LightGCN, He et al., arXiv:2002.02126, with tied user side). Base
-vectors start at the truncated SVD of the normalised adjacency, the ideal low-pass graph filter (Shen et al.,
-'How Powerful is Graph Convolution for Recommendation?', arXiv:2108.07567), and are trained to predict edges
-that were masked out of the graph.
+Items have base vectors; propagation over degree-normalised bipartite graphs smooths them, and a user is the
+normalised sum of the items in its history (LightGCN, He et al., arXiv:2002.02126, with tied user side). Items are
+joined by users, by baskets (what one user took close in time) and by what is known of them (categories); how much each
+relation counts is learned. Base vectors start at the truncated SVD of the relations, the ideal low-pass graph filter
+(Shen et al., 'How Powerful is Graph Convolution for Recommendation?', arXiv:2108.07567), and are trained to predict
+edges that were masked out of the graph.
 """
 
-# U users, I items, D width of a vector
+# U users, I items, D width of a vector, R relations, J the other side of a relation: users, baskets or categories
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import NDArray
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from assay_platform.models.histories import Floats, Histories, Index
+
 
 class Adjacency(NamedTuple):
-    """A normalised bipartite graph as CSR, both ways round: the backward pass needs the transpose."""
+    """A normalised bipartite graph of others and items as CSR, both ways round: the backward pass needs the other."""
 
-    users_by_items: Tensor
-    items_by_users: Tensor
+    others_by_items: Tensor
+    items_by_others: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemGraph:
+    """What joins items. user, item, basket (E,): each item of a user once. facts (G, I): 0/1, what is known of them."""
+
+    user: Index
+    item: Index
+    basket: Index
+    num_users: int
+    facts: sp.csr_matrix
+
+    @staticmethod
+    def of(histories: Histories, facts_IG: Floats, *, closeness_s: float) -> "ItemGraph":
+        """Items taken within `closeness_s` of the one before are of the same basket; 0: at the same instant."""
+        once = histories.once()
+        user = once.users()
+        another = np.ones(len(user), dtype=bool)
+        another[1:] = (np.diff(user) != 0) | (np.diff(once.time_us) > closeness_s * 1e6)
+        facts = sp.csr_matrix((facts_IG > 0).astype(np.float32).T)
+        return ItemGraph(
+            user=user, item=once.item, basket=np.cumsum(another) - 1, num_users=once.num_users, facts=facts
+        )
+
+    @property
+    def num_items(self) -> int:
+        """I."""
+        return int(self.facts.shape[1])
+
+    def matrices(self, kept: NDArray[np.bool_] | None = None) -> list[sp.csr_matrix]:
+        """Normalised (J, I) of users, of baskets and, where anything is known of items, of facts. kept (E,): of the
+        edges, by default all.
+        """
+        chosen = slice(None) if kept is None else kept
+        item = self.item[chosen]
+        num_baskets = int(self.basket[-1]) + 1 if len(self.basket) else 1
+        ones = np.ones(len(item), dtype=np.float32)
+        found = [
+            normalised(sp.csr_matrix((ones, (other[chosen], item)), (num, self.num_items)))
+            for other, num in ((self.user, self.num_users), (self.basket, num_baskets))
+        ]
+        return [*found, normalised(self.facts)] if self.facts.nnz else found
 
 
 def normalised(interactions: sp.csr_matrix) -> sp.csr_matrix:
@@ -34,10 +81,9 @@ def normalised(interactions: sp.csr_matrix) -> sp.csr_matrix:
     return sp.csr_matrix(sp.diags(user_scale) @ interactions @ sp.diags(item_scale)).astype(np.float32)
 
 
-def adjacency(interactions: sp.csr_matrix) -> Adjacency:
-    """Normalise a graph once for many products."""
-    matrix = normalised(interactions)
-    return Adjacency(_torch_csr(matrix), _torch_csr(sp.csr_matrix(matrix.T)))
+def adjacencies(matrices: list[sp.csr_matrix]) -> list[Adjacency]:
+    """Ready for many products."""
+    return [Adjacency(_torch_csr(matrix), _torch_csr(sp.csr_matrix(matrix.T))) for matrix in matrices]
 
 
 def _torch_csr(matrix: sp.csr_matrix) -> Tensor:
@@ -80,33 +126,40 @@ class LightGraphConv(MessagePassing):  # type: ignore[misc]
 
 
 class GraphEncoder(nn.Module):
-    """Item base vectors, an item bias and a temperature; users come from the graph alone."""
+    """Item base vectors, an item bias, a temperature and the relations' weights; users come from the graph alone."""
 
-    def __init__(self, interactions: sp.csr_matrix, *, width: int, num_layers: int, dropout: float) -> None:
+    def __init__(self, graph: ItemGraph, *, width: int, num_layers: int, dropout: float) -> None:
         super().__init__()
         self.num_layers = num_layers
-        num_items = interactions.shape[1]
-        rank = min(width, min(interactions.shape) - 1)
-        start = np.random.default_rng(0).standard_normal(min(interactions.shape))
-        _, singular, vectors = svds(normalised(interactions), k=rank, v0=start)
-        base = np.zeros((num_items, width), dtype=np.float32)
+        matrices = graph.matrices()
+        stacked = sp.vstack(matrices).tocsr() * len(matrices) ** -0.5
+        rank = min(width, min(stacked.shape) - 1)
+        start = np.random.default_rng(0).standard_normal(min(stacked.shape))
+        _, singular, vectors = svds(stacked, k=rank, v0=start)
+        base = np.zeros((graph.num_items, width), dtype=np.float32)
         base[:, :rank] = vectors.T * np.sqrt(np.maximum(singular, 0.0))
         self.base_ID = nn.Parameter(torch.from_numpy(base))
-        self.bias_I = nn.Parameter(torch.zeros(num_items))
+        self.bias_I = nn.Parameter(torch.zeros(graph.num_items))
         self.log_scale = nn.Parameter(torch.zeros(()))
+        # What is known of items counts a third of the others to begin with.
+        self.relation_R = nn.Parameter(torch.tensor([0.0, 0.0, -1.0][: len(matrices)]))
         self.conv = LightGraphConv()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, graph: Adjacency) -> tuple[Tensor, Tensor]:
+    def forward(self, graph: list[Adjacency]) -> tuple[Tensor, Tensor]:
         """User vectors (U, D) and item vectors (I, D) over a graph, which may lack masked edges."""
         x_ID: Tensor = self.base_ID
         layers = [x_ID]
+        weights = self.relation_R.softmax(0)
         for _ in range(self.num_layers - 1):
-            x_UD = self.conv(x_ID, graph.users_by_items, graph.items_by_users)
-            x_ID = self.conv(x_UD, graph.items_by_users, graph.users_by_items)
+            smoothed = []
+            for weight, relation in zip(weights, graph, strict=True):
+                x_JD = self.conv(x_ID, relation.others_by_items, relation.items_by_others)
+                smoothed.append(weight * self.conv(x_JD, relation.items_by_others, relation.others_by_items))
+            x_ID = torch.stack(smoothed).sum(0)
             layers.append(x_ID)
         item_ID = torch.stack(layers).mean(0)
-        user_UD = self.conv(item_ID, graph.users_by_items, graph.items_by_users)
+        user_UD = self.conv(item_ID, graph[0].others_by_items, graph[0].items_by_others)
         return self.dropout(user_UD), item_ID
 
     def score(self, user_UD: Tensor, item_ID: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""The recommendation pipeline over kinds of tables: it trains, ranks, and never looks ahead."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from assay_features.schema import RecommendSchema, schema_from_dict
+from assay_pipelines.console import Reporter
+from assay_pipelines.options import RunOptions
+from assay_pipelines.recommend.evaluate import ranking_metrics
+from assay_pipelines.recommend.pipeline import Prepared, choose_recipe
+from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, fit_sources, make_lists, train_ranker
+from assay_platform.config import load_config
+from assay_platform.models.recommender import Recommender
+
+GRAPH = {**DEFAULTS, "num_epochs": 1, "width": 8}
+ITEMS = {"path": "items.csv", "id": "item", "text": ["title"], "categorical": ["kind"]}
+
+
+def table(num_events: int = 900, seed: int = 0) -> pd.DataFrame:
+    """Users of three tastes, 30 items, 100 days."""
+    rng = np.random.default_rng(seed)
+    user = rng.integers(0, 40, num_events)
+    item = np.where(
+        rng.random(num_events) < 0.7, user % 3 * 10 + rng.integers(0, 10, num_events), rng.integers(0, 30, num_events)
+    )
+    return pd.DataFrame({
+        "user": [f"u{u}" for u in user], "item": [f"i{i}" for i in item], "rating": rng.integers(1, 6, num_events),
+        "time": np.sort(rng.integers(0, 100 * 86_400, num_events)) + 1_600_000_000,
+    })  # fmt: skip
+
+
+def prepared(folder: Path, frame: pd.DataFrame, **schema: Any) -> Prepared:
+    folder.mkdir(exist_ok=True)
+    frame.to_csv(folder / "events.csv", index=False)
+    pd.DataFrame({
+        "item": [f"i{i}" for i in range(30)], "title": [f"item {i}" for i in range(30)],
+        "kind": [f"kind {i // 10}" for i in range(30)],
+    }).to_csv(folder / "items.csv", index=False)  # fmt: skip
+    columns = {"user": "user", "item": "item", "timestamp": "time", **schema.pop("columns", {})}
+    read = schema_from_dict({"kind": "recommend", "columns": columns, **schema})
+    assert isinstance(read, RecommendSchema)
+    options = RunOptions(
+        config=load_config(), application="recommend", data="own", table=folder / "events.csv", schema=read,
+        schema_folder=folder, model_name="recommend-own",
+    )  # fmt: skip
+    return Prepared(options, Reporter())
+
+
+def trained(data: Prepared) -> Recommender:
+    recipe = choose_recipe(data, GRAPH, Reporter(), seed=0)
+    sources = fit_sources(data.train, recipe, seed=0)
+    lists = make_lists(data.holdouts(data.train_rows), recipe, data.ranker_config, seed=0)
+    ranker, _ = train_ranker(lists, data.ranker_config, seed=0, training=RankerTraining(num_epochs=1))
+    return Recommender(
+        ranker=ranker, config=data.ranker_config, users=data.users, items=data.items, histories=data.train,
+        sources=sources, store_features_IF=data.item_features(data.train_rows, data.train), repeats=recipe.repeats,
+    )  # fmt: skip
+
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "by time, bought again": {"split": {"repeats": True}},
+    "by time, new things only": {"split": {}},
+    "at moments": {"split": {"validation_from": "2020-11-20", "test_from": "2020-12-04", "repeats": True}},
+    "at random, rated": {"split": {"protocol": "random"}, "columns": {"weight": "rating"}},
+    "the last left out": {"split": {"protocol": "leave-last-out", "repeats": True}},
+    "with an item table": {"split": {"protocol": "random"}, "items": ITEMS},
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_every_kind_of_table_trains_and_ranks(name: str, tmp_path: Path) -> None:
+    data = prepared(tmp_path, table(), **{k: dict(v) for k, v in VARIATIONS[name].items()})
+    model = trained(data)
+    seen = None if model.repeats else data.train_matrix
+    top, _ = model.rank(data.train, num=20, excluded=seen)
+    metrics = ranking_metrics(top, data.test, data.train_matrix)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["ndcg_at_10"] > 0.05
+    if seen is not None:
+        assert not any(
+            set(top[u]) & set(seen[u].indices) for u in range(len(top)) if len(data.items) - seen[u].nnz >= 20
+        )
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_holdouts_keep_their_labels_from_what_is_seen(name: str, tmp_path: Path) -> None:
+    data = prepared(tmp_path, table(), **{k: dict(v) for k, v in VARIATIONS[name].items()})
+    holdouts = data.holdouts(data.parts.fit)
+    assert holdouts
+    for holdout in holdouts:
+        assert holdout.wanted.nnz
+        seen_events = len(holdout.seen.item)
+        assert 0 < seen_events < len(data.parts.fit)
+        if data.schema.split.protocol != "random":
+            assert (holdout.seen.time_us <= holdout.seen.now_us[holdout.seen.users()]).all()
+        if not data.schema.split.repeats:
+            assert not holdout.wanted.multiply(holdout.seen.matrix(len(data.items))).nnz
+
+
+def test_the_future_changes_nothing(tmp_path: Path) -> None:
+    frame = table()
+    moments = {"validation_from": "2020-11-20", "test_from": "2020-12-04", "repeats": True}
+    later = frame["time"] >= pd.Timestamp("2020-12-04", tz="UTC").timestamp()
+    assert 50 < later.sum() < 300
+    changed = frame.copy()
+    changed.loc[later, "item"] = frame.loc[later, "item"].to_numpy()[::-1]
+    here, there = (
+        prepared(tmp_path / name, rows, columns={"weight": "rating"}, split=moments)
+        for name, rows in (("a", frame), ("b", changed))
+    )
+    first, second = (trained(data).rank(data.train, num=10, excluded=None) for data in (here, there))
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_allclose(first[1], second[1], atol=1e-6)
+
+
+def test_lists_find_more_than_they_would_of_items_with_other_names(tmp_path: Path) -> None:
+    data = prepared(tmp_path, table(4000), split={"protocol": "random"})
+    model = trained(data)
+    top, _ = model.rank(data.train, num=20, excluded=data.train_matrix)
+    reached = ranking_metrics(top, data.test, data.train_matrix)["ndcg_at_10"]
+    order = np.random.default_rng(0).permutation(data.test.shape[1])
+    shuffled = data.test[:, order]
+    chance = ranking_metrics(top, shuffled.tocsr(), data.train_matrix)["ndcg_at_10"]
+    assert reached > 1.3 * chance
+
+
+def test_the_limit_on_items_counts_what_is_known_before_the_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = table()
+    frame.loc[frame.index[-60:], "item"] = "only in the future"
+    monkeypatch.setattr("assay_pipelines.recommend.pipeline.MAX_ITEMS", 10)
+    data = prepared(tmp_path, frame, split={"repeats": True})
+    assert len(data.items) == 10
+    assert "only in the future" not in data.items

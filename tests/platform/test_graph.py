@@ -1,0 +1,66 @@
+"""The graph of items: what is joined by what, and vectors of items that nobody took."""
+
+import numpy as np
+import pytest
+import torch
+from assay_platform.models.graph import GraphEncoder, ItemGraph, adjacencies
+from assay_platform.models.histories import Histories
+
+FACTS = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0.7, 0.7]], dtype=np.float32)  # of 5 items, unit rows
+
+
+def histories() -> Histories:
+    rows = [(0, 0, 0), (0, 1, 5), (0, 2, 100), (1, 1, 3), (1, 2, 4), (0, 0, 101)]  # the last: item 0 again
+    user, item, second = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    return Histories.of(user, item, second * 1_000_000, num_users=2, now_us=10**9)
+
+
+def graph(closeness_s: float) -> ItemGraph:
+    return ItemGraph.of(histories(), FACTS, closeness_s=closeness_s)
+
+
+@pytest.mark.parametrize(
+    ("closeness_s", "baskets"),
+    [(0.0, [{0}, {1}, {2}, {1}, {2}]), (10.0, [{0, 1}, {2}, {1, 2}]), (1e6, [{0, 1, 2}, {1, 2}])],
+)
+def test_a_basket_is_what_one_user_took_close_in_time(closeness_s: float, baskets: list[set[int]]) -> None:
+    joined = graph(closeness_s)
+    assert len(joined.item) == 5, "each item of a user once, at its first time"
+    found = [set(joined.item[joined.basket == b].tolist()) for b in range(joined.basket.max() + 1)]
+    assert found == baskets
+
+
+def test_relations_are_normalised_and_lose_masked_edges() -> None:
+    joined = graph(10.0)
+    users, baskets, facts = joined.matrices()
+    degree_user, degree_item = np.array([3, 2]), np.array([1, 2, 2])
+    assert users[0, 1] == pytest.approx((degree_user[0] * degree_item[1]) ** -0.5)
+    assert baskets.shape == (3, 5)
+    assert facts.shape == (2, 5)
+    kept = np.array([True, False, True, True, True])
+    fewer, fewer_baskets, same = joined.matrices(kept)
+    assert (fewer.nnz, fewer_baskets.nnz) == (4, 4)
+    assert (same != facts).nnz == 0
+    assert len(ItemGraph.of(histories(), 0 * FACTS, closeness_s=10.0).matrices()) == 2
+
+
+def test_an_item_that_nobody_took_is_near_those_that_are_alike() -> None:
+    joined = graph(10.0)
+    torch.manual_seed(0)
+    encoder = GraphEncoder(joined, width=4, num_layers=2, dropout=0.0).eval()
+    with torch.no_grad():
+        user_UD, item_ID = encoder(adjacencies(joined.matrices()))
+    assert user_UD.shape == (2, 4)
+    cosine = torch.nn.functional.cosine_similarity(item_ID[3:4], item_ID, dim=1)
+    assert item_ID[3].norm() > 0
+    assert cosine[2] > cosine[0]
+
+
+def test_gradients_reach_every_relation() -> None:
+    joined = graph(10.0)
+    encoder = GraphEncoder(joined, width=4, num_layers=3, dropout=0.0)
+    user_UD, item_ID = encoder(adjacencies(joined.matrices()))
+    (encoder.score(user_UD, item_ID) ** 2).sum().backward()
+    assert encoder.relation_R.grad is not None
+    assert (encoder.relation_R.grad.abs() > 0).all()
+    assert torch.isfinite(encoder.base_ID.grad).all()  # type: ignore[arg-type]
