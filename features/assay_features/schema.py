@@ -194,7 +194,7 @@ class ItemTable:
 
 @dataclass(frozen=True, kw_only=True)
 class RecommendSchema:
-    """Interactions of users with items."""
+    """Interactions of users with items. diversity_loss: the part of NDCG@10 that lists may lose for being diverse."""
 
     user: str
     item: str
@@ -202,6 +202,7 @@ class RecommendSchema:
     weight: str | None = None
     items: ItemTable | None = None
     split: Split = field(default_factory=Split)
+    diversity_loss: float = 0.0
 
     kind: Literal["recommend"] = "recommend"
     id: None = None
@@ -210,6 +211,8 @@ class RecommendSchema:
     def __post_init__(self) -> None:
         named = [n for n in (self.user, self.item, self.timestamp, self.weight) if n is not None]
         _no_repeats("user, item, timestamp, weight", tuple(named))
+        if not 0 <= self.diversity_loss < 1:
+            raise SchemaError(f"[lists] diversity_loss = {self.diversity_loss}; allowed is 0 to below 1")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -258,8 +261,9 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     columns = _table(document, "columns")
     split = Split(**_typed("[split]", _table(document, "split"), _SPLIT))
     if kind == "fraud":
-        if "items" in document:
-            raise SchemaError("[items] belongs to kind = 'recommend'")
+        for name in ("items", "lists"):
+            if name in document:
+                raise SchemaError(f"[{name}] belongs to kind = 'recommend'")
         if split.moments_us is not None:
             raise SchemaError("[split] validation_from and test_from belong to kind = 'recommend'")
         labels = _typed("[labels]", _table(document, "labels"), {"delay_days": _NUMBER})
@@ -278,7 +282,8 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     if document.get("items") is not None:
         items = ItemTable(**_typed("[items]", _table(document, "items"), _ITEMS, ("path", "id")))
     wanted = _typed("[columns]", columns, _RECOMMEND, ("user", "item", "timestamp"))
-    return RecommendSchema(**wanted, items=items, split=split)
+    lists = _typed("[lists]", _table(document, "lists"), {"diversity_loss": _NUMBER})
+    return RecommendSchema(**wanted, **lists, items=items, split=split)
 
 
 def schema_to_dict(schema: Schema) -> dict[str, Any]:
@@ -303,13 +308,15 @@ def schema_to_dict(schema: Schema) -> dict[str, Any]:
         chosen = {k: v for k, v in flat.pop("decisions").items() if v is not None}
         document |= {"decisions": chosen}
         del flat["constraints"]
+    if isinstance(schema, RecommendSchema):
+        document |= {"lists": {"diversity_loss": flat.pop("diversity_loss")}}
     items: Any = flat.pop("items", None)
     if items is not None:
         document["items"] = {k: list(v) if isinstance(v, tuple) else v for k, v in items.items()}
     return document | {"columns": flat}
 
 
-_TABLES = ("kind", "columns", "split", "items", "account", "labels", "constraints", "decisions")
+_TABLES = ("kind", "columns", "split", "items", "lists", "account", "labels", "constraints", "decisions")
 _STRING, _STRINGS, _NUMBER, _FLAG = "a string", "a list of strings", "a number", "true or false"
 _GROUPS, _CHOICES = "a list of lists of strings", "a table of lists of strings"
 _PAIR, _RANGES, _COSTS = "[low, high]", "a table of [low, high]", "a table of numbers"

@@ -11,7 +11,9 @@ MOMENTS = {"validation_from": "2017-11-01", "test_from": "2017-12-01T06:00:00+01
 RECOMMEND = {"kind": "recommend", "columns": {"user": "u", "item": "i", "timestamp": "t"}}
 
 
-@pytest.mark.parametrize("document", [FRAUD, RECOMMEND, {**RECOMMEND, "split": MOMENTS}])
+@pytest.mark.parametrize(
+    "document", [FRAUD, RECOMMEND, {**RECOMMEND, "split": MOMENTS, "lists": {"diversity_loss": 0.01}}]
+)
 def test_a_schema_survives_the_artifact(document: dict[str, object]) -> None:
     schema = schema_from_dict(document)
     assert schema_from_dict(schema_to_dict(schema)) == schema
@@ -64,6 +66,8 @@ def changed(**columns: object) -> dict[str, object]:
         ({**RECOMMEND, "split": {**MOMENTS, "test_from": "soon"}}, "test_from = 'soon'"),
         ({**RECOMMEND, "split": {**MOMENTS, "test_from": "2017-01-01"}}, "not before test_from"),
         ({**RECOMMEND, "split": {**MOMENTS, "protocol": "random"}}, "need protocol 'temporal'"),
+        ({**RECOMMEND, "lists": {"diversity_loss": 1.5}}, "diversity_loss = 1.5"),
+        ({**FRAUD, "lists": {}}, "belongs to kind = 'recommend'"),
         ({**FRAUD, "split": MOMENTS}, "belong to kind = 'recommend'"),
         ({**RECOMMEND, "columns": {"user": "u", "item": "u", "timestamp": "t"}}, "more than once"),
         ({**FRAUD, "extra": 1}, "'extra'"),

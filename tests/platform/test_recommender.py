@@ -9,6 +9,7 @@ import torch
 from assay_platform.errors import ArtifactError
 from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, Histories, OwnPast
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression, together
+from assay_platform.models.lists import diversified
 from assay_platform.models.recommender import (
     PAIR_FEATURES,
     ItemFacts,
@@ -231,3 +232,49 @@ def test_histories_keep_the_first_time_of_each_item() -> None:
     assert once.item.tolist() == [2, 2, 0]
     assert once.time_us.tolist() == [20, 10, 40]
     assert len(PAIR_FEATURES) == len(set(PAIR_FEATURES))
+
+
+def logdet_gain(score: np.ndarray, unit: np.ndarray, weight: float, chosen: list[int]) -> float:
+    gram = unit[chosen] @ unit[chosen].T
+    return float(score[chosen].sum() + weight * np.linalg.slogdet(gram)[1])
+
+
+def test_diverse_lists_are_greedy_by_score_and_determinant() -> None:
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=(3, 12)).astype(np.float32)
+    vectors = rng.normal(size=(3, 12, 16)).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    found = diversified(score, unit, weight=0.7, num=5)
+    for n in range(3):
+        chosen: list[int] = []
+        for _ in range(5):
+            left = [i for i in range(12) if i not in chosen]
+            gains = [logdet_gain(score[n], unit[n].astype(np.float64), 0.7, [*chosen, i]) for i in left]
+            chosen.append(left[int(np.argmax(gains))])
+        assert found[n].tolist() == chosen
+
+
+def test_diversity_leaves_scores_in_order_without_weight_and_excluded_items_last() -> None:
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=(4, 9)).astype(np.float32)
+    score[:, [2, 5]] = -np.inf
+    unit = np.tile(np.eye(1, 3, dtype=np.float32), (4, 9, 1))  # all alike
+    for weight in (0.0, 3.0):
+        found = diversified(score, unit, weight=weight, num=9)
+        assert [sorted(row) for row in found.tolist()] == [list(range(9))] * 4
+        assert (np.sort(found[:, -2:], axis=1) == [2, 5]).all()
+    np.testing.assert_array_equal(diversified(score, unit, weight=0.0, num=7), np.argsort(-score, axis=1)[:, :7])
+
+
+def test_a_diverse_model_saves_its_weight_and_lists_differ_more(tmp_path: Path) -> None:
+    plain, diverse = model_of(made_up(300), repeats=False), model_of(made_up(300), repeats=False)
+    diverse.diversity = 200.0
+    diverse.save(tmp_path / "model", {})
+    assert Recommender.load(tmp_path / "model").diversity == 200.0
+
+    def alike(model: Recommender) -> float:
+        top, _ = model.rank(made_up(300), num=5, excluded=None)  # of eight dimensions
+        cosine = model._unit_ID[top] @ model._unit_ID[top].transpose(0, 2, 1)
+        return float(np.abs(cosine).mean())
+
+    assert alike(diverse) < 0.8 * alike(plain)

@@ -58,6 +58,7 @@ _CUTS = (1.0, 1.5, 2.0, 2.5)
 _MIN_SEEN = 0.4  # of the time must be before a cut
 _MIN_DISLIKED = 0.1
 _GRAPH_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
+_DIVERSITIES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
@@ -69,7 +70,7 @@ class Prepared:
     def __init__(self, options: RunOptions, reporter: Reporter) -> None:
         assert isinstance(options.schema, RecommendSchema)
         self.schema = options.schema
-        self._options, self._reporter = options, reporter
+        self.options, self._reporter = options, reporter
         with reporter.stage("load", "Read and check the table") as stage:
             self.table = load_table(options.table, self.schema)
             events = self.table.events
@@ -106,7 +107,7 @@ class Prepared:
         return RankerConfig(num_store_features=len(self.plan.numeric_names))
 
     def _split(self, user: NDArray[np.int64], events: Events) -> Parts:
-        return split_interactions(user, self.schema.split, seed=self._options.seed, time_us=events.time_us)
+        return split_interactions(user, self.schema.split, seed=self.options.seed, time_us=events.time_us)
 
     def _most_taken(self, events: Events) -> Events:
         """Without the items beyond the limit: those taken least, where time counts in what is known before the test."""
@@ -158,7 +159,7 @@ class Prepared:
         """What the ranker learns from, out of these interactions alone."""
         protocol, time_us = self.schema.split.protocol, self.events.time_us
         if protocol == "random":
-            fold = np.random.default_rng(self._options.seed).integers(0, _NUM_FOLDS, len(rows))
+            fold = np.random.default_rng(self.options.seed).integers(0, _NUM_FOLDS, len(rows))
             return [self._holdout(rows[fold != k], rows[fold == k]) for k in range(_NUM_HOLDOUTS)]
         if protocol == "leave-last-out":
             order = rows[np.lexsort((time_us[rows], self.user[rows]))]
@@ -198,7 +199,7 @@ class Prepared:
             spine = self._spine(int(self.events.time_us[-1]) + 1)
             values = features_at(self._item_only, self.events, spine)
             states = {entity: final_states(self.plan, entity, self.events) for entity in self.plan.entities}
-            repository = FeatureRepository(self._options.feature_repository)
+            repository = FeatureRepository(self.options.feature_repository)
             frames = value_frames(self._item_only, spine, values)
             repository.publish(self.plan, frames, states, schema=schema_to_dict(self.schema))
             retrieved = repository.training_features(self.plan, spine)
@@ -238,7 +239,7 @@ def _search(options: RunOptions, reporter: Reporter, run: Any, prepared: Prepare
     )
 
 
-class _Ranking(NamedTuple):
+class Ranking(NamedTuple):
     """A trained ranker. routing: of its training; None where the sources' own order is better."""
 
     ranker: PairRanker
@@ -254,7 +255,7 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
         found = _search(options, reporter, run, prepared)
         recipe = choose_recipe(prepared, found.best, reporter, seed=options.seed)
-        fitted = _trained(prepared, prepared.parts.fit, prepared.fit, recipe, options, reporter)
+        fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, reporter)
         with reporter.stage("evaluate", "Choose on validation") as stage:
             measured = {
                 name: _measure(
@@ -271,11 +272,12 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
                     "regression.closeness_s": recipe.regression.closeness_s, "graph_weight": recipe.graph_weight},
             metrics={f"validation.ndcg_at_10.{name}": value for name, value in measured.items()},
         )  # fmt: skip
-        refitted = _trained(prepared, prepared.train_rows, prepared.train, recipe, options, reporter)
+        diversity = choose_diversity(prepared, fitted, fitted.rankings[best], reporter)
+        refitted = trained(prepared, prepared.train_rows, prepared.train, recipe, reporter)
         ranking = refitted.rankings[best]
         if ranking.routing is not None:
             log_routing(run, ranking.routing)
-        model = _recommender(prepared, prepared.train, refitted.sources, refitted.store_IF, ranking)
+        model = _recommender(prepared, prepared.train, refitted.sources, refitted.store_IF, ranking, diversity)
         with reporter.stage("evaluate", "Rank the test part"):
             metrics = _measure(model, prepared.train, prepared.test)
         with reporter.stage("baseline", "EASE, popularity" + (", own frequency" if repeats else "")) as stage:
@@ -293,7 +295,7 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             histories = prepared.histories(everything, int(prepared.events.time_us[-1]) + 1)
             with reporter.stage("train", "Refit the sources on everything"):
                 sources = fit_sources(histories, recipe, seed=options.seed)
-            model = _recommender(prepared, histories, sources, store_IF, ranking)
+            model = _recommender(prepared, histories, sources, store_IF, ranking, diversity)
         registry = open_registry(options.config)
         champion, champion_version = champion_metric(
             options,
@@ -352,7 +354,7 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
     with reporter.stage("train", "Weigh the graph beside it") as stage:
         sources = fit_sources(prepared.fit, recipe, seed=seed)
         store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
-        plain = _Ranking(PairRanker(prepared.ranker_config), None)
+        plain = Ranking(PairRanker(prepared.ranker_config), None)
         reached = {}
         for weight in _GRAPH_WEIGHTS:
             weighed = replace(sources, graph_weight=weight)
@@ -362,33 +364,52 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
     return replace(recipe, graph_weight=max(reached, key=lambda weight: reached[weight]))
 
 
-class _Trained(NamedTuple):
+class Trained(NamedTuple):
     """Sources and rankers of some interactions. rankings: 'sources' is their own order, 'MoE' the ranker's."""
 
     sources: Sources
     store_IF: Floats
-    rankings: dict[str, _Ranking]
+    rankings: dict[str, Ranking]
 
 
-def _trained(
-    prepared: Prepared, rows: Rows, histories: Histories, recipe: Recipe, options: RunOptions, reporter: Reporter
-) -> _Trained:
-    config = prepared.ranker_config
+def trained(prepared: Prepared, rows: Rows, histories: Histories, recipe: Recipe, reporter: Reporter) -> Trained:
+    """Sources of these interactions, and a ranker that learned from holdouts of them. histories: of these rows."""
+    config, seed = prepared.ranker_config, prepared.options.seed
     with reporter.stage("train", "Fit regression and graph"):
-        sources = fit_sources(histories, recipe, seed=options.seed)
+        sources = fit_sources(histories, recipe, seed=seed)
         store_IF = prepared.item_features(rows, histories)
     with reporter.stage("train", "Fit them without the holdouts") as stage:
-        lists = make_lists(prepared.holdouts(rows), recipe, config, seed=options.seed, on_progress=stage.update)
+        lists = make_lists(prepared.holdouts(rows), recipe, config, seed=seed, on_progress=stage.update)
     with reporter.stage("train", "Train the MoE ranker") as stage:
-        ranker, routing = train_ranker(
-            lists, config, seed=options.seed, training=RankerTraining(), on_progress=stage.update
-        )
-    rankings = {"sources": _Ranking(ranker, None), "MoE": _Ranking(ranker, routing)}
-    return _Trained(sources, store_IF, rankings)
+        ranker, routing = train_ranker(lists, config, seed=seed, training=RankerTraining(), on_progress=stage.update)
+    rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}
+    return Trained(sources, store_IF, rankings)
+
+
+def choose_diversity(prepared: Prepared, fitted: Trained, ranking: Ranking, reporter: Reporter) -> float:
+    """As much as costs no more of the validation part's NDCG@10 than the schema allows."""
+    allowed, chosen = prepared.schema.diversity_loss, 0.0
+    if allowed == 0:
+        return chosen
+    with reporter.stage("evaluate", "Choose how diverse lists are") as stage:
+        reached = []
+        for weight in _DIVERSITIES:
+            model = _recommender(prepared, prepared.fit, fitted.sources, fitted.store_IF, ranking, weight)
+            reached.append(_measure(model, prepared.fit, prepared.validation)[_METRIC])
+            if reached[-1] < (1 - allowed) * reached[0]:
+                break
+            chosen = weight
+        stage.update(1.0, f"weight {chosen:g}: NDCG@10 {reached[_DIVERSITIES.index(chosen)]:.3f} of {reached[0]:.3f}")
+    return chosen
 
 
 def _recommender(
-    prepared: Prepared, histories: Histories, sources: Sources, store_IF: Floats, ranking: _Ranking
+    prepared: Prepared,
+    histories: Histories,
+    sources: Sources,
+    store_IF: Floats,
+    ranking: Ranking,
+    diversity: float = 0.0,
 ) -> Recommender:
     return Recommender(
         ranker=ranking.ranker,
@@ -400,6 +421,7 @@ def _recommender(
         store_features_IF=store_IF,
         repeats=prepared.schema.split.repeats,
         use_ranker=ranking.routing is not None,
+        diversity=diversity,
     )
 
 

@@ -32,6 +32,7 @@ from assay_platform.models.histories import (
     OwnPast,
 )
 from assay_platform.models.item_regression import ItemRegression
+from assay_platform.models.lists import diversified
 from assay_platform.moe import Backbone, BackboneConfig
 
 # What sources and the item table say of a pair; features of the store are appended to PAIR_FEATURES.
@@ -310,9 +311,10 @@ class Recommender:
         store_features_IF: Floats,
         repeats: bool,
         use_ranker: bool = True,
+        diversity: float = 0.0,
     ) -> None:
         """histories: of `users`, what the sources were fitted on. store_features_IF: item features as the feature store
-        had them at the end of training, transformed.
+        had them at the end of training, transformed. diversity: see `lists`; 0 leaves the ranker's order.
         """
         self._ranker = ranker.eval().requires_grad_(False)
         self.fences = ranker.backbone.guard()  # an expert that fails is left out, the others answer
@@ -322,9 +324,11 @@ class Recommender:
         self.item_index = {item: i for i, item in enumerate(items)}
         self._user_index = {user: u for u, user in enumerate(users)}
         self.histories, self._sources = histories, sources
+        norms = np.linalg.norm(sources.vectors.item_ID, axis=1, keepdims=True)
+        self._unit_ID = sources.vectors.item_ID / np.maximum(norms, 1e-9)
         self.store_features_IF = store_features_IF
         self.repeats = repeats
-        self.use_ranker = use_ranker
+        self.use_ranker, self.diversity = use_ranker, diversity
 
     @property
     def num_parameters(self) -> int:
@@ -398,13 +402,19 @@ class Recommender:
             excluded=excluded,
         )
         if not self.use_ranker:
-            return found.item[:, :num], found.score[:, :num]
+            return self._listed(found.item, found.score, num)
         with torch.inference_mode():
             logits, _ = self._ranker(torch.from_numpy(found.features[..., self._columns]))
         # Where few items are left, excluded ones are among the candidates.
         final_NC = np.where(np.isneginf(found.score), -np.inf, logits.numpy())
-        order = np.argsort(-final_NC, axis=1, kind="stable")[:, :num]
-        return np.take_along_axis(found.item, order, axis=1), np.take_along_axis(final_NC, order, axis=1)
+        return self._listed(found.item, final_NC, num)
+
+    def _listed(self, item_NC: Index, score_NC: Floats, num: int) -> tuple[Index, Floats]:
+        if self.diversity > 0:
+            order = diversified(score_NC, self._unit_ID[item_NC], weight=self.diversity, num=num)
+        else:
+            order = np.argsort(-score_NC, axis=1, kind="stable")[:, :num]
+        return np.take_along_axis(item_NC, order, axis=1), np.take_along_axis(score_NC, order, axis=1)
 
     def recommend(
         self,
@@ -486,6 +496,7 @@ class Recommender:
             "graph_weight": sources.graph_weight,
             "repeats": self.repeats,
             "use_ranker": self.use_ranker,
+            "diversity": self.diversity,
         }
         save_artifact(folder, kind="recommend", config=config, tensors=tensors, companions=companions)
 
@@ -521,6 +532,7 @@ class Recommender:
             store_features_IF = tensors.pop("store_features_IF").numpy()
             graph_weight = float(config["graph_weight"])
             repeats, use_ranker = bool(config["repeats"]), bool(config["use_ranker"])
+            diversity = float(config["diversity"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{folder}: config.json does not describe a recommender: {error}") from error
         ranker = PairRanker(ranker_config)
@@ -535,4 +547,5 @@ class Recommender:
             store_features_IF=store_features_IF,
             repeats=repeats,
             use_ranker=use_ranker,
+            diversity=diversity,
         )
