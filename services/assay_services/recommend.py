@@ -11,7 +11,7 @@ from assay_features.items import ranker_columns
 from assay_features.schema import RecommendSchema, schema_from_dict
 from assay_features.state import last_times
 from assay_features.stream import PushReport
-from assay_platform.errors import ArtifactError, DataError
+from assay_platform.errors import ArtifactError, DataError, InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.recommender import Ranked, Recommender
 from numpy.typing import NDArray
@@ -108,8 +108,11 @@ class ItemRecommender:
     ) -> tuple[list[RecommendedItem], bool]:
         """Items for a user, and whether nothing was known of them.
 
+        context: timestamp, the moment of the request; exclude, item ids to leave out, such as what is not in stock;
+        only, columns of the item table with one value or several, of which an item must have one.
+
         Raises:
-            DataError: the user id or context.timestamp does not fit.
+            DataError: the user id or a field of the context does not fit.
         """
         try:
             user = canonical_key(user_id)
@@ -128,12 +131,33 @@ class ItemRecommender:
         history = self._model.history(user, recent, now_us=time_us)
         taken = np.unique(history.item)
         leave_out = (not self._model.repeats) if exclude_seen is None else exclude_seen
-        excluded = taken if leave_out else _NOTHING
+        excluded = np.union1d(taken if leave_out else _NOTHING, self._filtered(context))
         if not len(taken):
             ranked = self._model.popular(k, excluded, self._features.popularity(features_IF))
             return self._items(ranked, _NOTHING), True
         ranked = self._model.recommend(history, k=k, exclude=excluded, store_features_IF=features_IF)
         return self._items(ranked, taken), False
+
+    def _filtered(self, context: Record) -> NDArray[np.int64]:
+        """Items that the request does not want."""
+        unwanted = np.zeros(len(self._model.items), dtype=bool)
+        exclude = context.get("exclude") or []
+        if not isinstance(exclude, list):
+            raise DataError(f"context.exclude: {exclude!r} is not a list of item ids")
+        index = self._model.item_index
+        unwanted[[index[str(item)] for item in exclude if str(item) in index]] = True
+        only = context.get("only") or {}
+        if not isinstance(only, dict):
+            raise DataError(f"context.only: {only!r} is not an object of columns and values")
+        for column, values in only.items():
+            try:
+                allowed = [
+                    self._model.having(column, str(v)) for v in (values if isinstance(values, list) else [values])
+                ]
+            except InputError as error:
+                raise DataError(f"context.only: {error}") from error
+            unwanted |= ~np.any(allowed, axis=0) if allowed else True
+        return np.flatnonzero(unwanted)
 
     def _items(self, ranked: Ranked, taken: NDArray[np.int64]) -> list[RecommendedItem]:
         out, known = [], set(taken.tolist())

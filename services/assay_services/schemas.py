@@ -79,7 +79,9 @@ class FraudResponse(BaseModel):
 
 
 class RecommendRequest(_Body):
-    """context may carry `timestamp`: as of when item features are read (default: the newest event known)."""
+    """context may carry `timestamp`: as of when history and item features are read (default: the newest event known);
+    `exclude`: item ids to leave out; `only`: columns of the item table with the values of which an item must have one.
+    """
 
     user_id: str | int
     k: Annotated[int, Field(ge=1, le=1000)] = 10

@@ -364,6 +364,24 @@ def test_recommendations_for_known_new_and_just_seen_users(service: httpx.Client
     assert len(everything["items"]) == 60
 
 
+def test_a_request_may_leave_items_out_and_ask_for_some_alone(service: httpx.Client) -> None:
+    plain = service.post("/v1/recommend", json={"user_id": "u1", "k": 5}).json()
+    first = plain["items"][0]["item_id"]
+    context = {"exclude": [first, "never heard of"], "only": {"genre": ["taste2", "taste3"]}}
+    for user in ("u1", "nobody at all"):
+        found = service.post("/v1/recommend", json={"user_id": user, "k": 30, "context": context}).json()["items"]
+        assert found
+        assert first not in {item["item_id"] for item in found}
+        assert {int(item["item_id"][1:]) % 4 for item in found} == {2, 3}
+    for context, named in (
+        ({"only": {"colour": "red"}}, "known are genre"), ({"only": {"genre": "taste9"}}, "'taste9'"),
+        ({"exclude": "i1"}, "context.exclude"), ({"only": ["genre"]}, "context.only"),
+    ):  # fmt: skip
+        refused = service.post("/v1/recommend", json={"user_id": "u1", "context": context})
+        assert refused.status_code == 422
+        assert named in refused.json()["detail"]
+
+
 def test_events_that_fit_no_model_are_refused_and_change_nothing(service: httpx.Client) -> None:
     response = service.post("/v1/events", json={"events": [{"colour": "red"}]})
     assert response.status_code == 422

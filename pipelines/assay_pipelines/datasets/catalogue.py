@@ -194,7 +194,7 @@ def _complete_journey_schema(folder: Path) -> Schema:
             path=str(folder / ITEMS),
             id="product_id",
             text=("product_type",),
-            categorical=("department", "brand"),
+            categorical=("department", "brand", "product_type"),
         ),
         split=Split(validation_from="2017-11-01", test_from="2017-12-01", protocol="temporal", repeats=True),
     )

@@ -13,8 +13,8 @@ from assay_platform.models.recommender import top_candidates
 from numpy.typing import NDArray
 
 from assay_pipelines.recommend.evaluate import DEPTH, ranking_metrics
-from assay_pipelines.recommend.train import PENALTIES
 
+PENALTIES = (200.0, 350.0, 500.0, 800.0, 1500.0)
 HALF_LIVES_D = (20.0, 45.0, 60.0, 90.0, 150.0)
 
 

@@ -42,7 +42,7 @@ _CALIBRATION_MASK = 0.6
 _MASKED_OUT = -1e9
 _LISTS_A_CHUNK = 256
 # What the regression's search tries; seconds from a quick succession of ratings to a day's shopping.
-PENALTIES = (200.0, 350.0, 500.0, 800.0, 1500.0)
+_PENALTIES = (250.0, 500.0, 1000.0)
 _CLOSENESS_S = (0.0, 3600.0, 86_400.0)
 
 SPACE: Space = {
@@ -222,7 +222,7 @@ def choose_regression(
     num_items = wanted.shape[1]
     seen = histories.matrix(num_items)
     measured: dict[RegressionConfig, float] = {}
-    grid = [RegressionConfig(penalty=penalty) for penalty in PENALTIES]
+    grid = [RegressionConfig(penalty=penalty) for penalty in _PENALTIES]
 
     def best() -> RegressionConfig:
         return max(measured, key=lambda config: measured[config])
@@ -230,7 +230,7 @@ def choose_regression(
     def measure(config: RegressionConfig) -> None:
         scores = fit_item_regression(histories, num_items, config).scores(seen)
         measured[config] = _ndcg(scores, seen, wanted, repeats=repeats)
-        on_progress(len(measured) / (len(PENALTIES) + len(_CLOSENESS_S)), f"NDCG@10 {measured[best()]:.3f}")
+        on_progress(len(measured) / (len(_PENALTIES) + len(_CLOSENESS_S)), f"NDCG@10 {measured[best()]:.3f}")
 
     for config in grid:
         measure(config)

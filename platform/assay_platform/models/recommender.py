@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from assay_platform.errors import ArtifactError
+from assay_platform.errors import ArtifactError, InputError
 from assay_platform.models.artifact import load_artifact, load_weights, save_artifact
 from assay_platform.models.histories import (
     DAY_US,
@@ -107,10 +107,13 @@ class PairRanker(nn.Module):
 
 
 class ItemFacts(NamedTuple):
-    """What is known of items: titles for people, unit category vectors (I, G) for the ranker."""
+    """What is known of items: titles for people, unit category vectors (I, G), and the 'column:word' that each of the G
+    stands for.
+    """
 
     titles: tuple[str, ...]
     categories_IG: Floats
+    words: tuple[str, ...] = ()
 
 
 def item_facts(
@@ -136,7 +139,7 @@ def item_facts(
         for word in found & kept.keys():
             categories_IG[row, kept[word]] = 1.0
     norm = np.linalg.norm(categories_IG, axis=1, keepdims=True)
-    return ItemFacts(titles, categories_IG / np.maximum(norm, 1.0))
+    return ItemFacts(titles, categories_IG / np.maximum(norm, 1.0), tuple(kept))
 
 
 class ItemVectors(NamedTuple):
@@ -342,6 +345,23 @@ class Recommender:
         """For people."""
         return self._sources.facts.titles[item]
 
+    def having(self, column: str, value: str) -> NDArray[np.bool_]:
+        """(I,) the items with all words of a value in a column of the item table.
+
+        Raises:
+            InputError: no item has such a column, or such a word in it.
+        """
+        words = self._sources.facts.words
+        columns = sorted({word.partition(":")[0] for word in words})
+        if column not in columns:
+            raise InputError(f"{column!r} is not known of items; known are {', '.join(columns) or 'no columns'}")
+        chosen = np.ones(len(self.items), dtype=bool)
+        for part in filter(None, _TOKEN.split(value)):
+            if f"{column}:{part}" not in words:
+                raise InputError(f"no item has {part!r} in {column!r}")
+            chosen &= self._sources.facts.categories_IG[:, words.index(f"{column}:{part}")] > 0
+        return chosen
+
     def knows_user(self, user: str) -> bool:
         """Whether training saw this user."""
         return user in self._user_index
@@ -492,6 +512,7 @@ class Recommender:
             "users": self.users,
             "items": self.items,
             "titles": sources.facts.titles,
+            "words": sources.facts.words,
             "scale": vectors.scale,
             "graph_weight": sources.graph_weight,
             "repeats": self.repeats,
@@ -517,7 +538,7 @@ class Recommender:
                 backbone=BackboneConfig(**shape["backbone"]),
             )
             users, items = [str(u) for u in config["users"]], [str(i) for i in config["items"]]
-            facts = ItemFacts(tuple(config["titles"]), tensors.pop("categories_IG").numpy())
+            facts = ItemFacts(tuple(config["titles"]), tensors.pop("categories_IG").numpy(), tuple(config["words"]))
             vectors = ItemVectors(tensors.pop("item_ID").numpy(), tensors.pop("bias_I").numpy(), float(config["scale"]))
             regressions = {
                 name: ItemRegression.of_arrays(
