@@ -24,16 +24,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything loads Ope
 import numpy as np
 import pandas as pd
 import torch
-from assay_features.feast.repository import FeatureRepository
 from assay_pipelines.datasets.catalogue import EVENTS, get_dataset
 from assay_pipelines.fraud.baseline import tree_frame
-from assay_pipelines.tracking import open_registry
 from assay_platform.config import load_config
 from assay_platform.models.calibration import sigmoid
-from assay_platform.tracking import CHAMPION
 from assay_services.fraud import FraudScorer
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _champion import champion
 from _report import finish, row
 
 TRAINED, ASKED, TREES = 100_000, 4_096, 400
@@ -92,12 +90,7 @@ def main() -> None:
     call, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     config = load_config()
-    registry = open_registry(config)
-    number = registry.version_of(call.model, CHAMPION)
-    if number is None:
-        raise SystemExit(f"{call.model} has no champion; `assay run fraud --data ieee-cis` makes one")
-    repository = FeatureRepository(config.paths.feature_repositories / call.model)
-    scorer = FraudScorer.load(registry.download(call.model, number), repository)
+    scorer = FraudScorer.load(*champion(call.model, "assay run fraud --data ieee-cis"))
     frame = pd.read_parquet(get_dataset("ieee-cis", config.paths.data) / EVENTS).iloc[-(TRAINED + ASKED) :]
     records = as_records(frame.iloc[-ASKED:])
     answers = scorer.score(records[:256], explain=True)

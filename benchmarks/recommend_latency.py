@@ -17,15 +17,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything loads Ope
 
 import numpy as np
 import torch
-from assay_features.feast.repository import FeatureRepository
-from assay_pipelines.tracking import open_registry
-from assay_platform.config import load_config
 from assay_platform.models.histories import Histories
 from assay_platform.models.recommender import Recommender
-from assay_platform.tracking import CHAMPION
 from assay_services.recommend import ItemRecommender
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _champion import champion
 from _report import finish, in_turn, row
 
 TARGET_MS = {1_682: 5.0, 8_000: 8.0}
@@ -38,13 +35,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500)
     call, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    config = load_config()
-    name, registry = f"recommend-{call.data}", open_registry(config)
-    number = registry.version_of(name, CHAMPION)
-    if number is None:
-        raise SystemExit(f"{name} has no champion; `assay run recommend --data {call.data}` makes one")
-    folder = registry.download(name, number)
-    repository = FeatureRepository(config.paths.feature_repositories / name)
+    folder, repository = champion(f"recommend-{call.data}", f"assay run recommend --data {call.data}")
     service, model = ItemRecommender.load(folder, repository), Recommender.load(folder)
     users = [model.users[i] for i in np.random.default_rng(0).permutation(len(model.users))]
     vectors = np.random.default_rng(0).normal(size=(len(model.items), 64)).astype(np.float32)

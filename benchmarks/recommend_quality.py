@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,14 +242,14 @@ def main() -> None:
     found = {name: Outcome([top], []) for name, top in tops.items()}
     parts: dict[str, Callable[[], Outcome]] = {}
     for name in (name for name in PEERS if name in wanted):
-        parts[name] = lambda name=name: peer(name, prepared, call.seeds, call.trials)  # type: ignore[misc]
+        parts[name] = partial(peer, name, prepared, call.seeds, call.trials)
     if set(wanted) & set(OURS):
         began = time.perf_counter()
-        recipe = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0)
+        recipe, _ = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0)
         print(f"  chosen on validation in {time.perf_counter() - began:.0f} s: {recipe.regression}, "
               f"{recipe.graph_weight} of the graph", flush=True)  # fmt: skip
         for name in (name for name in OURS if name in wanted):
-            parts[name] = lambda name=name: ours(name, prepared, recipe, call.seeds)  # type: ignore[misc]
+            parts[name] = partial(ours, name, prepared, recipe, call.seeds)
     for name, run in parts.items():
         found[name] = run()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -50,7 +50,7 @@ def prepared(folder: Path, frame: pd.DataFrame, **schema: Any) -> Prepared:
 
 
 def trained(data: Prepared) -> Recommender:
-    recipe = choose_recipe(data, GRAPH, Reporter(), seed=0)
+    recipe, _ = choose_recipe(data, GRAPH, Reporter(), seed=0)
     sources = fit_sources(data.train, recipe, seed=0)
     lists = make_lists(data.holdouts(data.train_rows), recipe, data.ranker_config, seed=0)
     ranker, _ = train_ranker(lists, data.ranker_config, seed=0, training=RankerTraining(num_epochs=1))
@@ -107,6 +107,7 @@ def test_the_future_changes_nothing(tmp_path: Path) -> None:
     assert 50 < later.sum() < 300
     changed = frame.copy()
     changed.loc[later, "item"] = frame.loc[later, "item"].to_numpy()[::-1]
+    changed.loc[later, "rating"] = 5
     here, there = (
         prepared(tmp_path / name, rows, columns={"weight": "rating"}, split=moments)
         for name, rows in (("a", frame), ("b", changed))

@@ -63,4 +63,5 @@ def test_gradients_reach_every_relation() -> None:
     (encoder.score(user_UD, item_ID) ** 2).sum().backward()
     assert encoder.relation_R.grad is not None
     assert (encoder.relation_R.grad.abs() > 0).all()
-    assert torch.isfinite(encoder.base_ID.grad).all()  # type: ignore[arg-type]
+    assert encoder.base_ID.grad is not None
+    assert torch.isfinite(encoder.base_ID.grad).all()

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 NUM_USERS, NUM_ITEMS, WIDTH = 30, 50, 8
 END_US = 100 * DAY_US
+PLAIN = RankerConfig()
 
 
 def made_up(num_events: int, *, seed: int = 0, num_users: int = NUM_USERS, num_items: int = NUM_ITEMS) -> Histories:
@@ -35,7 +36,7 @@ def made_up(num_events: int, *, seed: int = 0, num_users: int = NUM_USERS, num_i
     )  # fmt: skip
 
 
-def model_of(histories: Histories, *, repeats: bool, **changes: object) -> Recommender:
+def model_of(histories: Histories, *, repeats: bool, config: RankerConfig = PLAIN) -> Recommender:
     rng = np.random.default_rng(0)
     vectors = ItemVectors(
         rng.normal(size=(NUM_ITEMS, WIDTH)).astype(np.float32), np.zeros(NUM_ITEMS, dtype=np.float32), 1.0
@@ -44,7 +45,6 @@ def model_of(histories: Histories, *, repeats: bool, **changes: object) -> Recom
     regression = fit_item_regression(histories, NUM_ITEMS, RegressionConfig(penalty=5.0))
     liked = fit_item_regression(histories.where(histories.liked), NUM_ITEMS, RegressionConfig(penalty=5.0))
     torch.manual_seed(0)
-    config = RankerConfig(**changes)  # type: ignore[arg-type]
     ranker = PairRanker(config)
     torch.nn.init.normal_(ranker.head.weight, std=5.0)  # an order of its own
     return Recommender(
@@ -97,7 +97,7 @@ def test_one_user_gets_what_a_batch_gets(recommender: Recommender) -> None:
 
 def test_where_items_are_taken_again_a_users_own_are_among_the_candidates() -> None:
     histories = made_up(200)
-    model = model_of(histories, repeats=True, num_candidates=20)
+    model = model_of(histories, repeats=True, config=RankerConfig(num_candidates=20))
     found = model._sources.candidates(
         histories, 20, np.zeros((NUM_ITEMS, 0), dtype=np.float32), repeats=True, excluded=None
     )
@@ -135,7 +135,7 @@ def test_saved_and_loaded_it_answers_alike_and_refuses_unknown_features(
 
 def test_a_ranker_of_few_features_ignores_the_others() -> None:
     histories = made_up(300)
-    model = model_of(histories, repeats=False, features=("log_popularity",))
+    model = model_of(histories, repeats=False, config=RankerConfig(features=("log_popularity",)))
     top, score = model.rank(histories, num=10, excluded=None)
     takers = ItemPast.of(histories, NUM_ITEMS).takers
     for user in range(NUM_USERS):

@@ -81,10 +81,11 @@ class Prepared:
             self.user, users = pd.factorize(events.keys[self.schema.user])
             self.item, items = pd.factorize(events.keys[self.schema.item])
             self.users, self.items = [str(u) for u in users], [str(i) for i in items]
-            self.liked = _liked(None if self.schema.weight is None else events.numbers[self.schema.weight])
             stage.update(1.0, f"{len(events):,} rows, {len(users):,} users, {len(items):,} items")
         self.parts: Parts = self._split(self.user, events)
         self.train_rows: Rows = np.sort(np.r_[self.parts.fit, self.parts.validation])
+        weight = None if self.schema.weight is None else events.numbers[self.schema.weight]
+        self.liked = None if weight is None else _liked(weight, self.train_rows)
         self.fit = self.histories(self.parts.fit, self._asked_at(self.parts.validation))
         self.train = self.histories(self.train_rows, self._asked_at(self.parts.test))
         self.fit_matrix, self.train_matrix = self.fit.matrix(len(items)), self.train.matrix(len(items))
@@ -208,12 +209,15 @@ class Prepared:
         return ranker_columns(self.plan, retrieved)
 
 
-def _liked(weight: NDArray[np.float64] | None) -> NDArray[np.bool_] | None:
-    """Events of at least the median weight, if that tells some from others: ratings do, most quantities do not."""
-    if weight is None or not np.isfinite(weight).any():
+def _liked(weight: NDArray[np.float64], known: Rows) -> NDArray[np.bool_] | None:
+    """Events of at least the median weight, if that tells some from others: ratings do, most quantities do not.
+
+    known: events before the test part; what is in it says nothing of the median.
+    """
+    if not np.isfinite(weight[known]).any():
         return None
-    liked = ~(weight < np.nanmedian(weight))
-    return liked if liked.mean() < 1 - _MIN_DISLIKED else None
+    liked = ~(weight < np.nanmedian(weight[known]))
+    return liked if liked[known].mean() < 1 - _MIN_DISLIKED else None
 
 
 def tune_recommend(options: RunOptions, reporter: Reporter) -> SearchResult:
@@ -254,8 +258,8 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:{options.seed}"
     with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
         found = _search(options, reporter, run, prepared)
-        recipe = choose_recipe(prepared, found.best, reporter, seed=options.seed)
-        fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, reporter)
+        recipe, sources = choose_recipe(prepared, found.best, reporter, seed=options.seed)
+        fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, reporter, sources)
         with reporter.stage("evaluate", "Choose on validation") as stage:
             measured = {
                 name: _measure(
@@ -345,8 +349,12 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     )
 
 
-def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Reporter, *, seed: int) -> Recipe:
-    """The regression, and how much of the graph beside it, that rank the validation part best. graph: parameters."""
+def choose_recipe(
+    prepared: Prepared, graph: Mapping[str, Any], reporter: Reporter, *, seed: int
+) -> tuple[Recipe, Sources]:
+    """The regression, and how much of the graph beside it, that rank the validation part best; and the sources of the
+    fitting part that come of it. graph: parameters.
+    """
     repeats = prepared.schema.split.repeats
     with reporter.stage("train", "Choose the regression") as stage:
         regression = choose_regression(prepared.fit, prepared.validation, repeats=repeats, on_progress=stage.update)
@@ -361,7 +369,8 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
             model = _recommender(prepared, prepared.fit, weighed, store_IF, plain)
             reached[weight] = _measure(model, prepared.fit, prepared.validation)[_METRIC]
             stage.update(len(reached) / len(_GRAPH_WEIGHTS), f"NDCG@10 {max(reached.values()):.3f}")
-    return replace(recipe, graph_weight=max(reached, key=lambda weight: reached[weight]))
+    best = max(reached, key=lambda weight: reached[weight])
+    return replace(recipe, graph_weight=best), replace(sources, graph_weight=best)
 
 
 class Trained(NamedTuple):
@@ -372,11 +381,21 @@ class Trained(NamedTuple):
     rankings: dict[str, Ranking]
 
 
-def trained(prepared: Prepared, rows: Rows, histories: Histories, recipe: Recipe, reporter: Reporter) -> Trained:
-    """Sources of these interactions, and a ranker that learned from holdouts of them. histories: of these rows."""
+def trained(
+    prepared: Prepared,
+    rows: Rows,
+    histories: Histories,
+    recipe: Recipe,
+    reporter: Reporter,
+    sources: Sources | None = None,
+) -> Trained:
+    """Sources of these interactions, unless they are given, and a ranker that learned from holdouts of them.
+
+    histories: of these rows.
+    """
     config, seed = prepared.ranker_config, prepared.options.seed
     with reporter.stage("train", "Fit regression and graph"):
-        sources = fit_sources(histories, recipe, seed=seed)
+        sources = sources or fit_sources(histories, recipe, seed=seed)
         store_IF = prepared.item_features(rows, histories)
     with reporter.stage("train", "Fit them without the holdouts") as stage:
         lists = make_lists(prepared.holdouts(rows), recipe, config, seed=seed, on_progress=stage.update)
