@@ -41,6 +41,7 @@ from assay_platform.models.encoding import fit_encoder
 from assay_platform.models.fraud import FraudNet, FraudNetConfig
 from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.recommender import Recommender
+from assay_platform.models.sources import Wanted
 from assay_platform.moe import ROUTERS, BackboneConfig, MoELayer
 from assay_platform.moe.router import count_choices
 from assay_platform.monitoring.routing import RoutingMonitor
@@ -209,7 +210,7 @@ class Recommend:
             ranker=ranker, config=config, users=prepared.users, items=prepared.items, histories=prepared.fit,
             sources=self.sources, store_features_IF=self.store_IF, repeats=prepared.schema.split.repeats,
         )  # fmt: skip
-        top, _ = model.rank(prepared.fit, num=20, excluded=None if model.repeats else prepared.train_matrix)
+        top, _ = model.rank(prepared.fit, num=20, wanted=Wanted(None if model.repeats else prepared.train_matrix))
         quality = ranking_metrics(top, prepared.test, prepared.fit_matrix)["ndcg_at_10"]
         return Outcome(quality, *balance_of(monitor), None)
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from assay_platform.models.histories import Histories
 from assay_platform.models.recommender import Recommender
+from assay_platform.models.sources import Wanted
 from assay_services.recommend import ItemRecommender
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -61,7 +62,7 @@ def main() -> None:
     everyone = model.histories
     assert isinstance(everyone, Histories)
     began = time.perf_counter()
-    model.rank(everyone, num=10, excluded=None if model.repeats else everyone.matrix(len(model.items)))
+    model.rank(everyone, num=10, wanted=Wanted(None if model.repeats else everyone.matrix(len(model.items))))
     rows.append(row(f"{case}: everybody's list, users/s", everyone.num_users / (time.perf_counter() - began), "1/s",
                     limit=1e4, limit_name="target", higher_is_better=True))  # fmt: skip
     newest_us, fresh = int(everyone.now_us.max()), []

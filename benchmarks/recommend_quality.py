@@ -5,10 +5,10 @@ after all before it, the 8,000 products bought most before). Everyone is tuned o
 configurations, then fitted again on train + validation with every seed; the test part is ranked once, in full.
 Intervals: 95 % of 1,000 Poisson bootstraps of users, of means over seeds, differences for the same users.
 
-    assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--only PART,PART] [--seeds 0,1,2]
+    assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--whole] [--only PART,PART] [--seeds 0,1,2]
                                   [--trials N]
 
-With --new only items count that a user had not taken before.
+With --new only items count that a user had not taken before; --whole is of all products, however seldom bought.
 
 Parts: ours; diverse (as diverse as costs 1 % of NDCG@10 on validation); without graph, without regression, without
 closeness (time between what is taken), without liked (ratings), linear (no MoE), dense (all experts for every pair),
@@ -38,7 +38,8 @@ from assay_pipelines.recommend.pipeline import Prepared, choose_diversity, choos
 from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, Recipe, fit_sources, make_lists, train_ranker
 from assay_platform.config import load_config
 from assay_platform.models.histories import Histories
-from assay_platform.models.recommender import PAIR_FEATURES, PairRanker, Recommender, top_candidates
+from assay_platform.models.recommender import PairRanker, Recommender
+from assay_platform.models.sources import PAIR_FEATURES, Wanted, top_candidates
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -69,12 +70,14 @@ class Outcome(NamedTuple):
     seconds: list[float]
 
 
-def prepare(name: str, new: bool) -> Prepared:
-    """The data set as `assay run recommend` sees it."""
+def prepare(name: str, new: bool = False, whole: bool = False) -> Prepared:
+    """The data set as `assay run recommend` sees it. whole: whatever the schema says of a limit on items."""
     config = load_config()
     folder = get_dataset(name, config.paths.data)
     schema = CATALOGUE[name].schema(folder)
     assert isinstance(schema, RecommendSchema)
+    if whole:
+        schema = replace(schema, split=replace(schema.split, max_items=None))
     if new:
         schema = replace(schema, split=replace(schema.split, repeats=False))
     options = RunOptions(
@@ -103,7 +106,7 @@ def ours(part: str, prepared: Prepared, recipe: Recipe, seeds: list[int]) -> Out
         diversity = choose_diversity(allowing, fitted, fitted.rankings["MoE"], Reporter())
     if part == "dense":
         config = replace(config, backbone=replace(config.backbone, num_experts=2, top_k=2))
-    excluded = None if recipe.repeats else prepared.train_matrix
+    new = Wanted(None if recipe.repeats else prepared.train_matrix)
     for seed in seeds:
         began = time.perf_counter()
         sources = fit_sources(prepared.train, recipe, seed=seed)
@@ -118,7 +121,7 @@ def ours(part: str, prepared: Prepared, recipe: Recipe, seeds: list[int]) -> Out
             sources=sources, store_features_IF=prepared.item_features(prepared.train_rows, prepared.train),
             repeats=recipe.repeats, use_ranker=part != "sources", diversity=diversity,
         )  # fmt: skip
-        tops.append(model.rank(prepared.train, num=DEPTH, excluded=excluded)[0])
+        tops.append(model.rank(prepared.train, num=DEPTH, wanted=new)[0])
         print(f"  {part}, seed {seed}: {ndcg(tops[-1], prepared):.4f} in {seconds[-1]:.0f} s", flush=True)
     return Outcome(tops, seconds)
 
@@ -222,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="movielens-100k")
     parser.add_argument("--new", action="store_true")
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", default=",".join((*OURS, *PEERS)))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=8)
@@ -230,7 +234,7 @@ def main() -> None:
     unknown = sorted(set(wanted) - {*OURS, *PEERS})
     if unknown:
         raise SystemExit(f"--only: unknown part {unknown[0]!r}; known are {', '.join((*OURS, *PEERS))}")
-    prepared = prepare(call.data, call.new)
+    prepared = prepare(call.data, call.new, call.whole)
     repeats = prepared.schema.split.repeats
 
     def progress(_done: float, _text: str) -> None:

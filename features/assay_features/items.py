@@ -31,13 +31,12 @@ def item_plan(schema: RecommendSchema) -> FeaturePlan:
 
 
 def ranker_columns(plan: FeaturePlan, values: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float32]:
-    """(N, F): counts and ages on a logarithmic scale, missing means as the mean of the others."""
+    """(N, F): counts and ages on a logarithmic scale, means as they are, NaN where there are none."""
     columns = []
     for name in plan.numeric_names:
         column = np.asarray(values[name], dtype=np.float64)
         if "__mean__" in name:
-            centre = float(np.nanmean(column)) if np.isfinite(column).any() else 0.0
-            columns.append(np.nan_to_num(column, nan=centre))
+            columns.append(column)
         elif name.endswith("__since_latest_s"):
             columns.append(np.log1p(np.maximum(np.nan_to_num(column, nan=_NEVER_S), 0.0) / DAY_S))
         else:

@@ -26,7 +26,7 @@ class Split:
 
     train, validation: fractions of all rows; what is left is the test part. Rows are taken in time order.
     protocol, repeats: recommendation only. validation_from, test_from: moments in ISO 8601 instead of fractions, for
-    recommendation by time.
+    recommendation by time. max_items: those taken most before the test part are kept; default all.
     """
 
     train: float = 0.7
@@ -35,8 +35,11 @@ class Split:
     repeats: bool = False
     validation_from: str | None = None
     test_from: str | None = None
+    max_items: float | None = None
 
     def __post_init__(self) -> None:
+        if self.max_items is not None and (self.max_items < 1 or self.max_items != int(self.max_items)):
+            raise SchemaError(f"[split] max_items = {self.max_items}; allowed is a whole number from 1")
         if self.moments_us is not None and self.protocol != "temporal":
             raise SchemaError(f"[split] validation_from and test_from need protocol 'temporal', not {self.protocol!r}")
         if not 0 < self.train < 1 or not 0 < self.validation < 1 or self.train + self.validation >= 1:
@@ -266,6 +269,8 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
                 raise SchemaError(f"[{name}] belongs to kind = 'recommend'")
         if split.moments_us is not None:
             raise SchemaError("[split] validation_from and test_from belong to kind = 'recommend'")
+        if split.max_items is not None:
+            raise SchemaError("[split] max_items belongs to kind = 'recommend'")
         labels = _typed("[labels]", _table(document, "labels"), {"delay_days": _NUMBER})
         return FraudSchema(
             **_typed("[columns]", columns, _FRAUD, ("timestamp", "label")),
@@ -332,7 +337,7 @@ _RECOMMEND = {"user": _STRING, "item": _STRING, "timestamp": _STRING, "weight": 
 _ITEMS = {"path": _STRING, "id": _STRING, "text": _STRINGS, "categorical": _STRINGS}
 _SPLIT = {
     "train": _NUMBER, "validation": _NUMBER, "protocol": _STRING, "repeats": _FLAG, "validation_from": _STRING,
-    "test_from": _STRING,
+    "test_from": _STRING, "max_items": _NUMBER,
 }  # fmt: skip
 
 

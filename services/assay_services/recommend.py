@@ -22,16 +22,15 @@ _NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 class ItemFeatures:
-    """Features of all items at the newest event known, recomputed when an event came in.
+    """Features of items from their states in the store, held in memory and folded anew when an event came in.
 
-    Reading the store for every item at every request would cost more than the ranking itself. Events that
-    reach this process show at once; those that reach another process show when the model is loaded again.
+    Events that reach this process show at once; those that reach another process show when the model is loaded again.
     """
 
     def __init__(
         self, plan: FeaturePlan, item_column: str, items: tuple[str, ...], repository: FeatureRepository
     ) -> None:
-        self._plan, self._entity, self._items = plan, item_column, items
+        self._plan, self._entity = plan, item_column
         self._online = repository.online(plan)
         self._decay = next(
             (i for i, d in enumerate(plan.of_entity(item_column)) if isinstance(d, Decay) and d.column is None),
@@ -40,26 +39,29 @@ class ItemFeatures:
         self._lock = threading.Lock()
         self._states = self._online.states(item_column, list(items))
         self._newest_us = max(0, int(last_times(self._states).max(initial=0)))
-        self._cached: NDArray[np.float32] | None = None
+        self._popularity: tuple[int, NDArray[np.float32]] | None = None
         self._row = {item: i for i, item in enumerate(items)}
 
-    def at(self, time_us: int | None) -> NDArray[np.float32]:
-        """(I, F) on the ranker's scale; None: as of the newest event."""
+    def of(self, items: NDArray[np.int64], time_us: int | None = None) -> NDArray[np.float32]:
+        """(n, S) on the ranker's scale; None: as of the newest event."""
         with self._lock:
-            if time_us is None and self._cached is not None:
-                return self._cached
+            states = self._states[items]
             moment = self._newest_us + 1 if time_us is None else time_us
-            values = self._online.apply(self._entity, self._states, np.full(len(self._items), moment))
-            features = ranker_columns(self._plan, values)
-            if time_us is None:
-                self._cached = features
-            return features
+        return ranker_columns(self._plan, self._online.apply(self._entity, states, np.full(len(items), moment)))
 
-    def popularity(self, features_IF: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """Decayed demand, if the plan has it and anything was seen."""
-        if self._decay is None or not features_IF[:, self._decay].any():
+    def popularity(self, time_us: int | None) -> NDArray[np.float32] | None:
+        """(I,) decayed demand, if the plan has it and anything was seen."""
+        if self._decay is None:
             return None
-        return features_IF[:, self._decay]
+        with self._lock:
+            held, newest_us = self._popularity, self._newest_us
+        if time_us is None and held is not None and held[0] == newest_us:
+            found = held[1]
+        else:
+            found = self.of(np.arange(len(self._states)), time_us)[:, self._decay]
+            if time_us is None:
+                self._popularity = newest_us, found
+        return found if found.any() else None
 
     def add(self, events: Events) -> PushReport:
         """Fold events into the store and into what is cached."""
@@ -70,7 +72,7 @@ class ItemFeatures:
             if fresh is not None:
                 self._states[[self._row[item] for item in touched]] = fresh
             self._newest_us = max(self._newest_us, int(events.time_us.max()))
-            self._cached = None
+            self._popularity = None
         return report
 
     def recent(self, user_column: str, user: str) -> list[tuple[int, str]]:
@@ -100,7 +102,7 @@ class ItemRecommender:
         loaded = ItemRecommender(Recommender.load(folder), schema, FeaturePlan.from_dict(companion["plan"]), repository)
         model = loaded._model
         history = model.history("", [(0, model.items[0])])
-        model.recommend(history, k=1, exclude=_NOTHING, store_features_IF=loaded._features.at(None))
+        model.recommend(history, k=1, exclude=_NOTHING, store=loaded._features.of)
         return loaded
 
     def recommend(
@@ -126,38 +128,44 @@ class ItemRecommender:
                 time_us = timestamp_us(context["timestamp"])
             except ValueError as error:
                 raise DataError(f"context.timestamp: {error}") from error
-        features_IF = self._features.at(time_us)
         recent = self._features.recent(self.schema.user, user)
         history = self._model.history(user, recent, now_us=time_us)
         taken = np.unique(history.item)
         leave_out = (not self._model.repeats) if exclude_seen is None else exclude_seen
-        excluded = np.union1d(taken if leave_out else _NOTHING, self._filtered(context))
+        excluded, allowed = self._filtered(context)
+        if leave_out:
+            excluded = np.union1d(taken, excluded)
         if not len(taken):
-            ranked = self._model.popular(k, excluded, self._features.popularity(features_IF))
+            popularity_I = self._features.popularity(time_us)
+            ranked = self._model.popular(k, excluded, allowed=allowed, popularity_I=popularity_I)
             return self._items(ranked, _NOTHING), True
-        ranked = self._model.recommend(history, k=k, exclude=excluded, store_features_IF=features_IF)
+
+        def store(items: NDArray[np.int64]) -> NDArray[np.float32]:
+            return self._features.of(items, time_us)
+
+        ranked = self._model.recommend(history, k=k, exclude=excluded, allowed=allowed, store=store)
         return self._items(ranked, taken), False
 
-    def _filtered(self, context: Record) -> NDArray[np.int64]:
-        """Items that the request does not want."""
-        unwanted = np.zeros(len(self._model.items), dtype=bool)
+    def _filtered(self, context: Record) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+        """Items that the request does not want, and those, if it says so, of which alone it wants some."""
         exclude = context.get("exclude") or []
         if not isinstance(exclude, list):
             raise DataError(f"context.exclude: {exclude!r} is not a list of item ids")
         index = self._model.item_index
-        unwanted[[index[str(item)] for item in exclude if str(item) in index]] = True
+        unwanted = sorted({index[str(item)] for item in exclude if str(item) in index})
         only = context.get("only") or {}
         if not isinstance(only, dict):
             raise DataError(f"context.only: {only!r} is not an object of columns and values")
+        allowed = None
         for column, values in only.items():
-            try:
-                allowed = [
-                    self._model.having(column, str(v)) for v in (values if isinstance(values, list) else [values])
-                ]
-            except InputError as error:
-                raise DataError(f"context.only: {error}") from error
-            unwanted |= ~np.any(allowed, axis=0) if allowed else True
-        return np.flatnonzero(unwanted)
+            of_column = np.zeros(len(self._model.items), dtype=bool)
+            for value in values if isinstance(values, list) else [values]:
+                try:
+                    of_column |= self._model.having(column, str(value))
+                except InputError as error:
+                    raise DataError(f"context.only: {error}") from error
+            allowed = of_column if allowed is None else allowed & of_column
+        return np.array(unwanted, dtype=np.int64), allowed
 
     def _items(self, ranked: Ranked, taken: NDArray[np.int64]) -> list[RecommendedItem]:
         out, known = [], set(taken.tolist())

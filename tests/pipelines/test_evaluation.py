@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from assay_features.schema import Split
 from assay_pipelines.fraud.evaluate import expected_calibration_error, fraud_metrics, tolerated_calibration_error
 from assay_pipelines.gate import check_candidate
-from assay_pipelines.recommend.baseline import ease_scores, frequency_scores
+from assay_pipelines.recommend.baseline import ease_weights, frequencies
 from assay_pipelines.recommend.evaluate import Hits, interval, ranking_metrics
 from assay_pipelines.recommend.split import split_interactions
 from assay_platform.errors import DataError
@@ -93,13 +93,13 @@ def test_own_frequency_prefers_what_was_taken_often_and_lately() -> None:
         np.zeros(4, dtype=np.int64), np.array([0, 0, 1, 2]), np.array([0, 0, 0, 90]) * day_us,
         num_users=1, now_us=100 * day_us,
     )  # fmt: skip
-    assert np.argsort(-frequency_scores(histories, 4, 20.0)[0]).tolist()[:3] == [2, 0, 1]
-    assert np.argsort(-frequency_scores(histories, 4, 1e6)[0], kind="stable").tolist()[0] == 0
+    assert np.argsort(-frequencies(histories, 4, 20.0).toarray()[0]).tolist()[:3] == [2, 0, 1]
+    assert np.argsort(-frequencies(histories, 4, 1e6).toarray()[0], kind="stable").tolist()[0] == 0
 
 
 def test_ease_never_recommends_an_item_for_itself() -> None:
     train = sp.csr_matrix(np.eye(4, dtype=np.float32))
-    np.testing.assert_allclose(np.diag(ease_scores(train, 1.0)), 0.0)
+    np.testing.assert_allclose(np.diag(ease_weights(train, 1.0)), 0.0)
 
 
 def test_fraud_metrics_at_the_operating_point() -> None:

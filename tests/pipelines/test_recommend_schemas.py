@@ -14,6 +14,7 @@ from assay_pipelines.recommend.pipeline import Prepared, choose_recipe
 from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, fit_sources, make_lists, train_ranker
 from assay_platform.config import load_config
 from assay_platform.models.recommender import Recommender
+from assay_platform.models.sources import Wanted
 
 GRAPH = {**DEFAULTS, "num_epochs": 1, "width": 8}
 ITEMS = {"path": "items.csv", "id": "item", "text": ["title"], "categorical": ["kind"]}
@@ -75,7 +76,7 @@ def test_every_kind_of_table_trains_and_ranks(name: str, tmp_path: Path) -> None
     data = prepared(tmp_path, table(), **{k: dict(v) for k, v in VARIATIONS[name].items()})
     model = trained(data)
     seen = None if model.repeats else data.train_matrix
-    top, _ = model.rank(data.train, num=20, excluded=seen)
+    top, _ = model.rank(data.train, num=20, wanted=Wanted(seen))
     metrics = ranking_metrics(top, data.test, data.train_matrix)
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics["ndcg_at_10"] > 0.05
@@ -112,7 +113,7 @@ def test_the_future_changes_nothing(tmp_path: Path) -> None:
         prepared(tmp_path / name, rows, columns={"weight": "rating"}, split=moments)
         for name, rows in (("a", frame), ("b", changed))
     )
-    first, second = (trained(data).rank(data.train, num=10, excluded=None) for data in (here, there))
+    first, second = (trained(data).rank(data.train, num=10) for data in (here, there))
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_allclose(first[1], second[1], atol=1e-6)
 
@@ -120,7 +121,7 @@ def test_the_future_changes_nothing(tmp_path: Path) -> None:
 def test_lists_find_more_than_they_would_of_items_with_other_names(tmp_path: Path) -> None:
     data = prepared(tmp_path, table(4000), split={"protocol": "random"})
     model = trained(data)
-    top, _ = model.rank(data.train, num=20, excluded=data.train_matrix)
+    top, _ = model.rank(data.train, num=20, wanted=Wanted(data.train_matrix))
     reached = ranking_metrics(top, data.test, data.train_matrix)["ndcg_at_10"]
     order = np.random.default_rng(0).permutation(data.test.shape[1])
     shuffled = data.test[:, order]
@@ -128,12 +129,9 @@ def test_lists_find_more_than_they_would_of_items_with_other_names(tmp_path: Pat
     assert reached > 1.3 * chance
 
 
-def test_the_limit_on_items_counts_what_is_known_before_the_test(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_on_items_counts_what_is_known_before_the_test(tmp_path: Path) -> None:
     frame = table()
     frame.loc[frame.index[-60:], "item"] = "only in the future"
-    monkeypatch.setattr("assay_pipelines.recommend.pipeline.MAX_ITEMS", 10)
-    data = prepared(tmp_path, frame, split={"repeats": True})
+    data = prepared(tmp_path, frame, split={"repeats": True, "max_items": 10})
     assert len(data.items) == 10
     assert "only in the future" not in data.items

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from assay_platform.models.graph import GraphEncoder, ItemGraph, adjacencies
 from assay_platform.models.histories import Histories
 
-FACTS = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0.7, 0.7]], dtype=np.float32)  # of 5 items, unit rows
+FACTS = sp.csr_matrix(np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0.7, 0.7]], dtype=np.float32))  # of 5 items, unit rows
 
 
 def histories() -> Histories:
@@ -41,7 +42,7 @@ def test_relations_are_normalised_and_lose_masked_edges() -> None:
     fewer, fewer_baskets, same = joined.matrices(kept)
     assert (fewer.nnz, fewer_baskets.nnz) == (4, 4)
     assert (same != facts).nnz == 0
-    assert len(ItemGraph.of(histories(), 0 * FACTS, closeness_s=10.0).matrices()) == 2
+    assert len(ItemGraph.of(histories(), FACTS[:, :0], closeness_s=10.0).matrices()) == 2
 
 
 def test_an_item_that_nobody_took_is_near_those_that_are_alike() -> None:

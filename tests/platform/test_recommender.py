@@ -7,19 +7,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 from assay_platform.errors import ArtifactError
+from assay_platform.models.content import ItemFacts, fit_content_map
 from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, Histories, OwnPast
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression, together
 from assay_platform.models.lists import diversified
-from assay_platform.models.recommender import (
-    PAIR_FEATURES,
-    ItemFacts,
-    ItemPast,
-    ItemVectors,
-    PairRanker,
-    RankerConfig,
-    Recommender,
-    Sources,
-)
+from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
+from assay_platform.models.sources import PAIR_FEATURES, ItemPast, ItemVectors, Sources, Wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,14 +29,29 @@ def made_up(num_events: int, *, seed: int = 0, num_users: int = NUM_USERS, num_i
     )  # fmt: skip
 
 
-def model_of(histories: Histories, *, repeats: bool, config: RankerConfig = PLAIN) -> Recommender:
+def nothing_stored(items: np.ndarray) -> np.ndarray:
+    return np.zeros((len(items), 0), dtype=np.float32)
+
+
+def facts_of(num: int = NUM_ITEMS) -> ItemFacts:
+    """Items of five kinds, with titles of two words."""
+    items = [f"i{i}" for i in range(num)]
+    table = {item: {"title": f"Item no {i % 7}", "kind": f"k{i % 5}"} for i, item in enumerate(items)}
+    return ItemFacts.of(items, table, text=["title"], categorical=["kind"])
+
+
+def model_of(
+    histories: Histories, *, repeats: bool, config: RankerConfig = PLAIN, num_head: int = NUM_ITEMS
+) -> Recommender:
     rng = np.random.default_rng(0)
     vectors = ItemVectors(
         rng.normal(size=(NUM_ITEMS, WIDTH)).astype(np.float32), np.zeros(NUM_ITEMS, dtype=np.float32), 1.0
     )
-    facts = ItemFacts(tuple(f"item {i}" for i in range(NUM_ITEMS)), np.zeros((NUM_ITEMS, 1), dtype=np.float32))
-    regression = fit_item_regression(histories, NUM_ITEMS, RegressionConfig(penalty=5.0))
-    liked = fit_item_regression(histories.where(histories.liked), NUM_ITEMS, RegressionConfig(penalty=5.0))
+    facts, past = facts_of(), ItemPast.of(histories, NUM_ITEMS)
+    head, penalised = past.head(num_head), RegressionConfig(penalty=5.0)
+    regression = fit_item_regression(histories, NUM_ITEMS, penalised, head)
+    liked = fit_item_regression(histories.where(histories.liked), NUM_ITEMS, penalised, head)
+    content = fit_content_map(facts, vectors.stacked(), past.takers)
     torch.manual_seed(0)
     ranker = PairRanker(config)
     torch.nn.init.normal_(ranker.head.weight, std=5.0)  # an order of its own
@@ -53,7 +61,7 @@ def model_of(histories: Histories, *, repeats: bool, config: RankerConfig = PLAI
         users=[f"u{u}" for u in range(NUM_USERS)],
         items=[f"i{i}" for i in range(NUM_ITEMS)],
         histories=histories,
-        sources=Sources(regression, liked, vectors, ItemPast.of(histories, NUM_ITEMS), facts),
+        sources=Sources(regression, liked, vectors, past, facts, content, head),
         store_features_IF=np.zeros((NUM_ITEMS, 0), dtype=np.float32),
         repeats=repeats,
     )
@@ -80,7 +88,7 @@ def test_an_excluded_item_is_never_recommended_even_from_a_small_catalogue(recom
 def test_full_ranking_puts_excluded_items_last(recommender: Recommender) -> None:
     seen = sp.csr_matrix((np.ones(3), ([0, 0, 1], [4, 7, 9])), (2, NUM_ITEMS), dtype=np.float32)
     histories = Histories.of(np.array([0, 0, 1]), np.array([4, 7, 9]), np.array([1, 2, 3]), num_users=2, now_us=END_US)
-    top, score = recommender.rank(histories, num=NUM_ITEMS, excluded=seen)
+    top, score = recommender.rank(histories, num=NUM_ITEMS, wanted=Wanted(seen))
     assert set(top[0, -2:].tolist()) == {4, 7}
     assert top[1, -1] == 9
     assert np.isneginf(score[0, -2:]).all()
@@ -88,9 +96,9 @@ def test_full_ranking_puts_excluded_items_last(recommender: Recommender) -> None
 
 def test_one_user_gets_what_a_batch_gets(recommender: Recommender) -> None:
     histories = made_up(300)
-    top, score = recommender.rank(histories, num=10, excluded=None)
+    top, score = recommender.rank(histories, num=10)
     for user in range(NUM_USERS):
-        alone, alone_score = recommender.rank(recommender.history(f"u{user}"), num=10, excluded=None)
+        alone, alone_score = recommender.rank(recommender.history(f"u{user}"), num=10)
         np.testing.assert_array_equal(alone[0], top[user])
         np.testing.assert_allclose(alone_score[0], score[user], atol=1e-3)
 
@@ -98,13 +106,68 @@ def test_one_user_gets_what_a_batch_gets(recommender: Recommender) -> None:
 def test_where_items_are_taken_again_a_users_own_are_among_the_candidates() -> None:
     histories = made_up(200)
     model = model_of(histories, repeats=True, config=RankerConfig(num_candidates=20))
-    found = model._sources.candidates(
-        histories, 20, np.zeros((NUM_ITEMS, 0), dtype=np.float32), repeats=True, excluded=None
-    )
+    found = model._sources.candidates(histories, 20, nothing_stored, repeats=True)
     for user in range(NUM_USERS):
         own = set(histories.part(user, user + 1).item.tolist())
         assert own <= set(found.item[user].tolist())
         assert set(found.item[user, : len(own)].tolist()) == own
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("num_head", [1, 20, NUM_ITEMS])
+def test_beyond_the_head_nothing_is_lost(num_head: int, repeats: bool) -> None:
+    """The best of all items by the definition of their scores, whichever of them are looked up in the index."""
+    histories = made_up(200)
+    model = model_of(histories, repeats=repeats, num_head=num_head)
+    sources = model._sources
+    seen, rng = histories.matrix(NUM_ITEMS), np.random.default_rng(1)
+    allowed = rng.random(NUM_ITEMS) < 0.8
+    wanted = Wanted(None if repeats else seen, allowed)
+    found = sources.candidates(histories, 15, nothing_stored, repeats=repeats, wanted=wanted)
+    regression = np.zeros((NUM_USERS, NUM_ITEMS), dtype=np.float32)
+    regression[:, sources.head] = sources.regression.scores(seen)
+    graph = np.column_stack([sources.user_vectors(seen), np.ones(NUM_USERS)]) @ sources.vectors.stacked().T
+
+    def z(scores: np.ndarray) -> np.ndarray:
+        head = scores[:, sources.head]
+        return (scores - head.mean(1, keepdims=True)) / (head.std(1, keepdims=True) + 1e-9)
+
+    score = z(regression) + 0.5 * z(graph)
+    if repeats:
+        own = OwnPast(histories, NUM_ITEMS)
+        for user in range(NUM_USERS):
+            mine = np.flatnonzero(own.user == user)
+            mine = mine[np.argsort(-own.decayed(-1)[mine], kind="stable")][:11]
+            score[user, own.item[mine]] += 100 + own.decayed(-1)[mine]
+    else:
+        score[seen.nonzero()] = -np.inf
+    score[:, ~allowed] = -np.inf
+    for user in range(NUM_USERS):
+        best = np.sort(score[user])[::-1][:15]
+        np.testing.assert_allclose(found.score[user], best, rtol=1e-3, atol=2e-2)
+        there = np.isfinite(best)
+        np.testing.assert_allclose(score[user, found.item[user, there]], best[there], rtol=1e-3, atol=2e-2)
+        assert len(set(found.item[user, there])) == there.sum()
+
+
+def test_a_new_item_is_found_at_once(recommender: Recommender) -> None:
+    rows = [{"title": "Item no 3", "kind": "k2"}, {"title": "never heard"}]
+    longer = recommender.extended(
+        ["new", "odd"], rows, now_us=END_US, store_features_NF=np.zeros((2, 0), dtype=np.float32)
+    )
+    assert len(recommender.items) == NUM_ITEMS, "the one that is serving stays as it is"
+    assert longer.title(NUM_ITEMS) == "Item no 3"
+    assert longer.having("kind", "k2")[NUM_ITEMS]
+    content = longer._sources.content.vectors(longer._sources.facts.content[NUM_ITEMS:])
+    np.testing.assert_allclose(longer._sources.vectors.stacked()[NUM_ITEMS:], content, rtol=1e-5)
+    only = np.zeros(NUM_ITEMS + 2, dtype=bool)
+    only[NUM_ITEMS:] = True
+    history = longer.history("u0")
+    ranked = longer.recommend(history, k=5, exclude=np.zeros(0, dtype=np.int64), allowed=only)
+    assert sorted(ranked.items) == [NUM_ITEMS, NUM_ITEMS + 1]
+    again = longer.extended(["newer"], [{}], now_us=END_US, store_features_NF=np.zeros((1, 0), dtype=np.float32))
+    assert len(again.rank(history, num=NUM_ITEMS + 3)[0][0]) == NUM_ITEMS + 3
+    assert len(longer.rank(history, num=NUM_ITEMS + 2)[0][0]) == NUM_ITEMS + 2, "and finds nothing beyond its end"
 
 
 def test_new_events_count_and_what_is_known_counts_once(recommender: Recommender) -> None:
@@ -136,7 +199,7 @@ def test_saved_and_loaded_it_answers_alike_and_refuses_unknown_features(
 def test_a_ranker_of_few_features_ignores_the_others() -> None:
     histories = made_up(300)
     model = model_of(histories, repeats=False, config=RankerConfig(features=("log_popularity",)))
-    top, score = model.rank(histories, num=10, excluded=None)
+    top, score = model.rank(histories, num=10)
     takers = ItemPast.of(histories, NUM_ITEMS).takers
     for user in range(NUM_USERS):
         by_takers = {takers[item]: value for item, value in zip(top[user], score[user], strict=True)}
@@ -210,7 +273,8 @@ def test_scores_are_sums_of_what_each_item_adds(recommender: Recommender) -> Non
     taken = histories.matrix(NUM_ITEMS)
     scores = regression.scores(taken)
     np.testing.assert_allclose(scores, (taken @ regression.weights).toarray(), atol=1e-5)
-    graph = recommender._sources.graph_scores(taken)
+    sources = recommender._sources
+    graph = sources.user_vectors(taken) @ sources.vectors.item_ID.T
     for user in range(NUM_USERS):
         own = np.unique(histories.part(user, user + 1).item)
         for item in (0, 7, 49):
@@ -220,7 +284,8 @@ def test_scores_are_sums_of_what_each_item_adds(recommender: Recommender) -> Non
             if len(own) and added.max() > 0:
                 assert because == own[int(np.argmax(added))]
     assert recommender.because(3, np.zeros(0, dtype=np.int64)) is None
-    np.testing.assert_allclose(np.exp(graph).sum(axis=1), 1.0, atol=1e-4)
+    alone = sources.user_vectors(taken[3]) @ sources.vectors.item_ID.T
+    np.testing.assert_allclose(alone[0], graph[3], atol=1e-5)
 
 
 def test_histories_keep_the_first_time_of_each_item() -> None:
@@ -273,8 +338,10 @@ def test_a_diverse_model_saves_its_weight_and_lists_differ_more(tmp_path: Path) 
     assert Recommender.load(tmp_path / "model").diversity == 200.0
 
     def alike(model: Recommender) -> float:
-        top, _ = model.rank(made_up(300), num=5, excluded=None)  # of eight dimensions
-        cosine = model._unit_ID[top] @ model._unit_ID[top].transpose(0, 2, 1)
+        top, _ = model.rank(made_up(300), num=5)  # of eight dimensions
+        vectors = model._sources.vectors.item_ID[top]
+        unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        cosine = unit @ unit.transpose(0, 2, 1)
         return float(np.abs(cosine).mean())
 
     assert alike(diverse) < 0.8 * alike(plain)

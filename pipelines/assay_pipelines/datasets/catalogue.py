@@ -196,7 +196,9 @@ def _complete_journey_schema(folder: Path) -> Schema:
             text=("product_type",),
             categorical=("department", "brand", "product_type"),
         ),
-        split=Split(validation_from="2017-11-01", test_from="2017-12-01", protocol="temporal", repeats=True),
+        split=Split(
+            validation_from="2017-11-01", test_from="2017-12-01", protocol="temporal", repeats=True, max_items=8000
+        ),
     )
 
 

@@ -9,32 +9,31 @@ from collections.abc import Callable
 import numpy as np
 import scipy.sparse as sp
 from assay_platform.models.histories import DAY_US, Floats, Histories
-from assay_platform.models.recommender import top_candidates
 from numpy.typing import NDArray
 
-from assay_pipelines.recommend.evaluate import DEPTH, ranking_metrics
+from assay_pipelines.recommend.evaluate import Lists, best_items, ranking_metrics
 
 PENALTIES = (200.0, 350.0, 500.0, 800.0, 1500.0)
+_MOST_OF_EASE = 8000
 HALF_LIVES_D = (20.0, 45.0, 60.0, 90.0, 150.0)
 
 
-def ease_scores(train: sp.csr_matrix, penalty: float) -> NDArray[np.float32]:
-    """(U, I) scores."""
-    gram = (train.T @ train).toarray().astype(np.float64)
+def ease_weights(taken: sp.csr_matrix, penalty: float) -> Floats:
+    """(I, I): of an item taken (row) for an item to score (column)."""
+    gram = (taken.T @ taken).toarray().astype(np.float64)
     gram[np.diag_indices_from(gram)] += penalty
     inverse = np.linalg.inv(gram)
     weights = inverse / -np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
-    return np.asarray(train @ weights, dtype=np.float32)
+    return np.asarray(weights, dtype=np.float32)
 
 
-def frequency_scores(histories: Histories, num_items: int, half_life_d: float) -> NDArray[np.float32]:
+def frequencies(histories: Histories, num_items: int, half_life_d: float) -> sp.csr_matrix:
     """(U, I): how often each user took each item, old events for less."""
     user = histories.users()
     age_d = (histories.now_us[user] - histories.time_us) / DAY_US
-    weights = 0.5 ** (age_d / half_life_d)
-    shape = (histories.num_users, num_items)
-    return np.asarray(sp.csr_matrix((weights, (user, histories.item)), shape).toarray(), dtype=np.float32)
+    weights = (0.5 ** (age_d / half_life_d)).astype(np.float32)
+    return sp.csr_matrix((weights, (user, histories.item)), (histories.num_users, num_items))
 
 
 def measure_baselines(
@@ -50,38 +49,46 @@ def measure_baselines(
     num_items = test.shape[1]
     seen = {"fit": fit.matrix(num_items), "train": train.matrix(num_items)}
 
-    def ease(part: str, penalty: float) -> Floats:
-        return ease_scores(seen[part], penalty)
+    def ease(part: str, penalty: float) -> Lists:
+        # A matrix of all pairs of items is for those taken most; the others have no score.
+        head = np.sort(np.argsort(-np.asarray(seen[part].sum(0)).ravel(), kind="stable")[:_MOST_OF_EASE])
+        taken = seen[part][:, head]
+        weights = ease_weights(taken, penalty)
 
-    def frequency(part: str, half_life_d: float) -> Floats:
-        return frequency_scores(fit if part == "fit" else train, num_items, half_life_d)
+        def scores(first: int, end: int) -> Floats:
+            found = np.zeros((end - first, num_items), dtype=np.float32)
+            found[:, head] = taken[first:end] @ weights
+            return found
 
-    def lists(scores: Floats, part: str) -> NDArray[np.int64]:
-        if not repeats:
-            scores[seen[part].nonzero()] = -np.inf
-        return top_candidates(scores, DEPTH)
+        return best_items(scores, seen[part], repeats=repeats)
 
-    rivals: dict[str, tuple[str, tuple[float, ...], Callable[[str, float], Floats]]]
+    def frequency(part: str, half_life_d: float) -> Lists:
+        weights = frequencies(fit if part == "fit" else train, num_items, half_life_d)
+        return best_items(lambda first, end: weights[first:end].toarray(), seen[part], repeats=repeats)
+
+    rivals: dict[str, tuple[str, tuple[float, ...], Callable[[str, float], Lists]]]
     rivals = {"ease": ("penalty", PENALTIES, ease)}
     if repeats:
         rivals["frequency"] = ("half_life_days", HALF_LIVES_D, frequency)
     steps = sum(len(values) for _, values, _ in rivals.values()) + 1
     done = 0
     found, tops = {}, {}
-    for name, (knob, values, scores) in rivals.items():
+    for name, (knob, values, lists) in rivals.items():
         reached = []
         for value in values:
-            reached.append(ranking_metrics(lists(scores("fit", value), "fit"), validation, seen["fit"])["ndcg_at_10"])
+            reached.append(ranking_metrics(lists("fit", value), validation, seen["fit"])["ndcg_at_10"])
             done += 1
             on_progress(done / steps, f"{name} validation NDCG@10 {max(reached):.3f}")
         chosen = values[int(np.argmax(reached))]
-        tops[name] = lists(scores("train", chosen), "train")
+        tops[name] = lists("train", chosen)
         found[name] = {
             **ranking_metrics(tops[name], test, seen["train"]),
             knob: chosen,
             "validation_ndcg_at_10": max(reached),
         }
     counts = np.asarray(seen["train"].sum(0), dtype=np.float32).ravel()
-    tops["popularity"] = lists(np.broadcast_to(counts, test.shape).copy(), "train")
+    tops["popularity"] = best_items(
+        lambda first, end: np.tile(counts, (end - first, 1)), seen["train"], repeats=repeats
+    )
     found["popularity"] = ranking_metrics(tops["popularity"], test, seen["train"])
     return found, tops

@@ -2,18 +2,36 @@
 
 # N users with something to find, D places of a list
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from assay_platform.models.sources import top_candidates
 from numpy.typing import NDArray
 
 DEPTH = 20
+_CELLS = 2**24  # scores of users for items at a time
 _SHOWN = 10
 _DRAWS = 1000
 Lists = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+
+
+def best_items(scores: Callable[[int, int], NDArray[np.float32]], seen: sp.csr_matrix, *, repeats: bool) -> Lists:
+    """(U, DEPTH) items by descending score. scores: (n, I) of the users from one to below another. seen (U, I): left
+    out unless repeats count.
+    """
+    num_users, num_items = seen.shape
+    step, tops = max(1, _CELLS // num_items), []
+    for first in range(0, num_users, step):
+        end = min(first + step, num_users)
+        found = scores(first, end)
+        if not repeats:
+            found[seen[first:end].nonzero()] = -np.inf
+        tops.append(top_candidates(found, DEPTH))
+    return np.concatenate(tops)
 
 
 class Hits(NamedTuple):

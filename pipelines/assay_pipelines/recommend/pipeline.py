@@ -14,9 +14,11 @@ from assay_features.batch import features_at, final_states
 from assay_features.events import Events
 from assay_features.items import item_plan, ranker_columns
 from assay_features.schema import RecommendSchema, schema_to_dict
+from assay_platform.models.content import ItemFacts
 from assay_platform.models.histories import Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig
-from assay_platform.models.recommender import ItemFacts, PairRanker, RankerConfig, Recommender, Sources, item_facts
+from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
+from assay_platform.models.sources import Sources, Wanted
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
@@ -51,7 +53,6 @@ from assay_pipelines.tracking import (
     tracked_run,
 )
 
-MAX_ITEMS = 8000
 _NUM_FOLDS, _NUM_HOLDOUTS = 5, 4
 # How many validation periods before the end of what is there the labels of a holdout begin.
 _CUTS = (1.0, 1.5, 2.0, 2.5)
@@ -93,7 +94,7 @@ class Prepared:
         self.test = self._wanted(self.parts.test, self.train_matrix)
         table = self.schema.items
         known = load_items(table, options.schema_folder) if table is not None else {}
-        self.facts: ItemFacts = item_facts(
+        self.facts = ItemFacts.of(
             self.items,
             known,
             text=table.text if table else (),
@@ -111,16 +112,17 @@ class Prepared:
         return split_interactions(user, self.schema.split, seed=self.options.seed, time_us=events.time_us)
 
     def _most_taken(self, events: Events) -> Events:
-        """Without the items beyond the limit: those taken least, where time counts in what is known before the test."""
+        """Without the items beyond the schema's limit: those taken least; by time, of what is before the test part."""
         items = events.keys[self.schema.item]
         known = np.arange(len(events))
         if self.schema.split.protocol == "temporal":
             known = known[: self._split(pd.factorize(events.keys[self.schema.user])[0], events).test[0]]
         counts = pd.Series(items[known]).value_counts()
-        if len(counts) <= MAX_ITEMS:
+        if self.schema.split.max_items is None or len(counts) <= self.schema.split.max_items:
             return events
-        kept = set(counts.index[:MAX_ITEMS])
-        self._reporter.line(f"{len(counts):,} items; the {MAX_ITEMS:,} most taken are kept")
+        most = int(self.schema.split.max_items)
+        kept = set(counts.index[:most])
+        self._reporter.line(f"{len(counts):,} items; the {most:,} most taken are kept")
         return events.take(np.flatnonzero([item in kept for item in items]))
 
     def histories(self, rows: Rows, now_us: int | Index) -> Histories:
@@ -447,7 +449,7 @@ def _recommender(
 def _measure(model: Recommender, histories: Histories, wanted: sp.csr_matrix) -> dict[str, float]:
     seen = histories.matrix(wanted.shape[1])
     num = min(DEPTH, wanted.shape[1])
-    top, _ = model.rank(histories, num=num, excluded=None if model.repeats else seen)
+    top, _ = model.rank(histories, num=num, wanted=Wanted(None if model.repeats else seen))
     return ranking_metrics(top, wanted, seen)
 
 
@@ -464,7 +466,7 @@ def _champion_ndcg(folder: Path, prepared: Prepared) -> float:
         liked=seen.liked[kept],
     )  # fmt: skip
     excluded = None if model.repeats else histories.matrix(len(model.items))
-    top, _ = model.rank(histories, num=min(DEPTH, len(model.items)), excluded=excluded)
+    top, _ = model.rank(histories, num=min(DEPTH, len(model.items)), wanted=Wanted(excluded))
     back = np.full(len(model.items), -1, dtype=np.int64)
     back[place[known]] = known
     ours = back[top]

@@ -16,31 +16,30 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 import torch
+from assay_platform.models.content import ItemFacts, fit_content_map
 from assay_platform.models.graph import Adjacency, GraphEncoder, ItemGraph, adjacencies
-from assay_platform.models.histories import Floats, Histories
+from assay_platform.models.histories import Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
-from assay_platform.models.recommender import (
-    ItemFacts,
-    ItemPast,
-    ItemVectors,
-    PairRanker,
-    RankerConfig,
-    Sources,
-    top_candidates,
-)
+from assay_platform.models.recommender import PairRanker, RankerConfig
+from assay_platform.models.sources import ItemPast, ItemVectors, Sources, Wanted
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.training import TrainConfig, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay_pipelines.recommend.evaluate import DEPTH, ranking_metrics
+from assay_pipelines.recommend.evaluate import best_items, ranking_metrics
 
 _STEPS_AN_EPOCH = 10
-_MAX_LOSS_USERS = 1024
+# The softmax of a step: users, and users times items. Items are drawn where that leaves too few users.
+_MOST_USERS, _FEWEST_USERS, _LOSS_CELLS = 1024, 64, 2**23
+# Items of the regression, whose time grows with their cube: those taken most.
+MAX_HEAD = 8000
 _CALIBRATION_MASK = 0.6
 _MASKED_OUT = -1e9
 _LISTS_A_CHUNK = 256
+# What a ranker learns from: at most so many lists, and beside them a part again that knows so few events of a user.
+_MOST_LISTS, _SHORTENED, _SHORTEST = 20_000, 0.1, 5
 # What the regression's search tries; seconds from a quick succession of ratings to a day's shopping.
 _PENALTIES = (250.0, 500.0, 1000.0)
 _CLOSENESS_S = (0.0, 3600.0, 86_400.0)
@@ -81,21 +80,53 @@ def _mask(graph: ItemGraph, fraction: float, generator: np.random.Generator) -> 
     return _Masked(adjacencies(graph.matrices(keep)), pairs(keep), pairs(~keep))
 
 
-def _masked_edge_loss(logits_UI: Tensor, masked: _Masked, users: Tensor | None, num_users: int) -> Tensor:
-    """Softmax loss of the dropped edges; a user's edges weigh 1 / sqrt(how many it lost)."""
-    rows, columns = masked.dropped
-    kept_rows, kept_columns = masked.kept
-    if users is not None:
-        place = torch.full((num_users,), -1, dtype=torch.int64)
-        place[users] = torch.arange(len(users))
-        rows, kept_rows = place[rows], place[kept_rows]
-        chosen, kept_chosen = rows >= 0, kept_rows >= 0
-        rows, columns = rows[chosen], columns[chosen]
-        kept_rows, kept_columns = kept_rows[kept_chosen], kept_columns[kept_chosen]
-    logits_UI = logits_UI.index_put((kept_rows, kept_columns), torch.tensor(_MASKED_OUT))
-    weight = torch.bincount(rows, minlength=len(logits_UI)).float().clamp(min=1)[rows].rsqrt()
-    loss = logits_UI.logsumexp(1)[rows] - logits_UI[rows, columns]
-    return (weight * loss).sum() / weight.sum().clamp_min(1e-9)
+class _Softmax(NamedTuple):
+    """Products of some users with the items that they are told from, and which of them count.
+
+    stands_for (n,): logarithm of how many items one stands for. wanted, hidden: places of dropped and kept edges.
+    """
+
+    products_UI: Tensor
+    items: Tensor
+    stands_for: Tensor
+    wanted: tuple[Tensor, Tensor]
+    hidden: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(user_UD: Tensor, item_ID: Tensor, masked: _Masked, generator: np.random.Generator) -> "_Softmax":
+        """All users and items where they are few."""
+        num_items, wanted, hidden = len(item_ID), masked.dropped, masked.kept
+        most = min(_MOST_USERS, max(_FEWEST_USERS, _LOSS_CELLS // num_items))
+        if len(user_UD) > most:
+            users = torch.from_numpy(np.sort(generator.choice(len(user_UD), most, replace=False)))
+            wanted, hidden = (_among(pairs, 0, users, len(user_UD)) for pairs in (wanted, hidden))
+            user_UD = user_UD[users]
+        items, stands_for = torch.arange(num_items), torch.zeros(num_items)
+        if len(user_UD) * num_items > 2 * _LOSS_CELLS:
+            drawn = generator.integers(0, num_items, _LOSS_CELLS // len(user_UD))
+            items = torch.from_numpy(np.unique(np.concatenate([wanted[1].numpy(), drawn])))
+            are_wanted = torch.isin(items, wanted[1])
+            left = num_items - int(are_wanted.sum())
+            stands_for = torch.where(are_wanted, 0.0, float(np.log(left / max(1, int((~are_wanted).sum())))))
+            wanted, hidden = (_among(pairs, 1, items, num_items) for pairs in (wanted, hidden))
+        return _Softmax(user_UD @ item_ID[items].T, items, stands_for, wanted, hidden)
+
+    def loss(self, logits_UI: Tensor) -> Tensor:
+        """Of the dropped edges; a user's edges weigh 1 / sqrt(how many it lost)."""
+        logits_UI = (logits_UI + self.stands_for).index_put(self.hidden, torch.tensor(_MASKED_OUT))
+        rows, columns = self.wanted
+        weight = torch.bincount(rows, minlength=len(logits_UI)).float().clamp(min=1)[rows].rsqrt()
+        loss = logits_UI.logsumexp(1)[rows] - logits_UI[rows, columns]
+        return (weight * loss).sum() / weight.sum().clamp_min(1e-9)
+
+
+def _among(pairs: tuple[Tensor, Tensor], side: int, chosen: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Of the pairs those whose one side is chosen, that side as its place among the chosen."""
+    place = torch.full((num,), -1, dtype=torch.int64)
+    place[chosen] = torch.arange(len(chosen))
+    at = place[pairs[side]]
+    kept = at >= 0
+    return (at[kept], pairs[1][kept]) if side == 0 else (pairs[0][kept], at[kept])
 
 
 def _calibrate(encoder: GraphEncoder, graph: ItemGraph, generator: np.random.Generator) -> None:
@@ -104,25 +135,16 @@ def _calibrate(encoder: GraphEncoder, graph: ItemGraph, generator: np.random.Gen
     log_popularity = torch.from_numpy(np.log1p(np.bincount(graph.item, minlength=graph.num_items))).float()
     with torch.no_grad():
         user_UD, item_ID = encoder.eval()(masked.graph)
-        user_UD, users = _some_users(user_UD, generator)
-        logits_UI = user_UD @ item_ID.T
-        spread = float(logits_UI.std()) + 1e-9
+        softmax = _Softmax.of(user_UD, item_ID, masked, generator)
+        spread = float(softmax.products_UI.std()) + 1e-9
         candidates = []
         for scale in np.exp(np.linspace(np.log(0.3), np.log(6.0), 8)) / spread:
             for share in (0.0, 0.25, 0.5, 0.75):
-                trial_UI = logits_UI * float(scale) + share * log_popularity
-                loss = _masked_edge_loss(trial_UI, masked, users, graph.num_users)
-                candidates.append((float(loss), float(scale), share))
+                trial_UI = softmax.products_UI * float(scale) + share * log_popularity[softmax.items]
+                candidates.append((float(softmax.loss(trial_UI)), float(scale), share))
         _, scale, share = min(candidates)
         encoder.log_scale.fill_(float(np.log(scale)))
         encoder.bias_I.copy_(share * log_popularity)
-
-
-def _some_users(user_UD: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor | None]:
-    if len(user_UD) <= _MAX_LOSS_USERS:
-        return user_UD, None
-    users = torch.from_numpy(np.sort(generator.choice(len(user_UD), _MAX_LOSS_USERS, replace=False)))
-    return user_UD[users], users
 
 
 def train_encoder(
@@ -145,8 +167,8 @@ def train_encoder(
 
     def loss(masked: _Masked) -> Tensor:
         user_UD, item_ID = encoder(masked.graph)
-        user_UD, users = _some_users(user_UD, generator)
-        return _masked_edge_loss(encoder.score(user_UD, item_ID), masked, users, graph.num_users)
+        softmax = _Softmax.of(user_UD, item_ID, masked, generator)
+        return softmax.loss(softmax.products_UI * encoder.log_scale.exp() + encoder.bias_I[softmax.items])
 
     config = TrainConfig(
         num_epochs=int(params["num_epochs"]),
@@ -180,15 +202,10 @@ def item_vectors(encoder: GraphEncoder, graph: ItemGraph) -> ItemVectors:
 def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, *, repeats: bool) -> float:
     """NDCG@10 of the encoder alone."""
     with torch.no_grad():
-        scores = encoder.score(*encoder(adjacencies(graph.matrices()))).numpy()
-    seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
-    return _ndcg(scores, seen, wanted, repeats=repeats)
-
-
-def _ndcg(scores_UI: Floats, seen: sp.csr_matrix, wanted: sp.csr_matrix, *, repeats: bool) -> float:
-    if not repeats:
-        scores_UI[seen.nonzero()] = -np.inf
-    return ranking_metrics(top_candidates(scores_UI, DEPTH), wanted, seen)["ndcg_at_10"]
+        user_UD, item_ID = encoder(adjacencies(graph.matrices()))
+        seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
+        top = best_items(lambda a, b: encoder.score(user_UD[a:b], item_ID).numpy(), seen, repeats=repeats)
+    return ranking_metrics(top, wanted, seen)["ndcg_at_10"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +237,7 @@ def choose_regression(
 ) -> RegressionConfig:
     """The penalty, then the closeness in time, that rank the validation part best."""
     num_items = wanted.shape[1]
-    seen = histories.matrix(num_items)
+    seen, head = histories.matrix(num_items), ItemPast.of(histories, num_items).head(MAX_HEAD)
     measured: dict[RegressionConfig, float] = {}
     grid = [RegressionConfig(penalty=penalty) for penalty in _PENALTIES]
 
@@ -228,8 +245,15 @@ def choose_regression(
         return max(measured, key=lambda config: measured[config])
 
     def measure(config: RegressionConfig) -> None:
-        scores = fit_item_regression(histories, num_items, config).scores(seen)
-        measured[config] = _ndcg(scores, seen, wanted, repeats=repeats)
+        regression = fit_item_regression(histories, num_items, config, head)
+
+        def scores(first: int, end: int) -> Floats:
+            found = np.zeros((end - first, num_items), dtype=np.float32)
+            found[:, head] = regression.scores(seen[first:end])
+            return found
+
+        top = best_items(scores, seen, repeats=repeats)
+        measured[config] = ranking_metrics(top, wanted, seen)["ndcg_at_10"]
         on_progress(len(measured) / (len(_PENALTIES) + len(_CLOSENESS_S)), f"NDCG@10 {measured[best()]:.3f}")
 
     for config in grid:
@@ -253,20 +277,26 @@ class Recipe:
 
 def item_graph(histories: Histories, facts: ItemFacts, regression: RegressionConfig) -> ItemGraph:
     """Users, baskets by the regression's closeness, and categories."""
-    return ItemGraph.of(histories, facts.categories_IG, closeness_s=regression.closeness_s)
+    return ItemGraph.of(histories, facts.categories, closeness_s=regression.closeness_s)
 
 
 def fit_sources(histories: Histories, recipe: Recipe, *, seed: int) -> Sources:
     """All sources from the same events."""
-    num_items = len(recipe.facts.titles)
+    num_items = recipe.facts.num_items
+    past = ItemPast.of(histories, num_items)
+    head = past.head(MAX_HEAD)
     graph = item_graph(histories, recipe.facts, recipe.regression)
     rated = not histories.liked.all()
+    vectors = item_vectors(train_encoder(graph, recipe.graph, seed=seed), graph)
+    content = fit_content_map(recipe.facts, vectors.stacked(), np.log1p(past.takers))
     return Sources(
-        fit_item_regression(histories, num_items, recipe.regression),
-        fit_item_regression(histories.where(histories.liked), num_items, recipe.regression) if rated else None,
-        item_vectors(train_encoder(graph, recipe.graph, seed=seed), graph),
-        ItemPast.of(histories, num_items),
+        fit_item_regression(histories, num_items, recipe.regression, head),
+        fit_item_regression(histories.where(histories.liked), num_items, recipe.regression, head) if rated else None,
+        vectors.where(past.takers == 0, content.vectors(recipe.facts.content)),
+        past,
         recipe.facts,
+        content,
+        head,
         recipe.graph_weight or 0.0,
     )
 
@@ -280,6 +310,10 @@ class Holdout(NamedTuple):
     seen: Histories
     wanted: sp.csr_matrix
     store_IF: Floats
+
+    def store(self, items: Index) -> Floats:
+        """(n, S) of some items."""
+        return self.store_IF[items]
 
 
 class Lists(NamedTuple):
@@ -309,30 +343,51 @@ def make_lists(
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> list[Lists]:
     """Fit the sources without each holdout's labels and collect what a ranker would see."""
-    lists = []
+    lists, generator = [], np.random.default_rng(seed)
     for number, holdout in enumerate(holdouts):
         sources = fit_sources(holdout.seen, recipe, seed=seed + 1 + number)
-        lists += _lists(sources, holdout, config, recipe)
+        lists += _lists(sources, holdout, config, recipe, _MOST_LISTS // len(holdouts), generator)
         on_progress((number + 1) / len(holdouts))
     return lists
 
 
-def _lists(sources: Sources, holdout: Holdout, config: RankerConfig, recipe: Recipe) -> list[Lists]:
+def _lists(
+    sources: Sources, holdout: Holdout, config: RankerConfig, recipe: Recipe, most: int, generator: np.random.Generator
+) -> list[Lists]:
+    """Of at most so many users who want something; some of them once more as if little were known of them, so that the
+    ranker learns what to make of the few events of somebody new.
+    """
+    users = np.flatnonzero(np.diff(holdout.wanted.indptr))
+    if len(users) > most:
+        users = np.sort(generator.choice(users, most, replace=False))
     lists = []
-    for start in range(0, holdout.seen.num_users, _LISTS_A_CHUNK):
-        end = min(start + _LISTS_A_CHUNK, holdout.seen.num_users)
-        part = holdout.seen.part(start, end)
-        excluded = None if recipe.repeats else part.matrix(holdout.wanted.shape[1])
-        found = sources.candidates(
-            part, config.num_candidates, holdout.store_IF, repeats=recipe.repeats, excluded=excluded
-        )
-        wanted = np.take_along_axis(holdout.wanted[start:end].toarray() > 0, found.item, axis=1)
-        possible = ~np.isneginf(found.score)
-        users = np.flatnonzero((wanted & possible).any(axis=1))
-        lists.append(
-            Lists(*(torch.from_numpy(array[users]) for array in (found.features, wanted & possible, possible)))
-        )
+    for first in range(0, len(users), _LISTS_A_CHUNK):
+        chosen = users[first : first + _LISTS_A_CHUNK]
+        seen, wanted = holdout.seen.of_users(chosen), holdout.wanted[chosen]
+        new = Wanted(None if recipe.repeats else seen.matrix(wanted.shape[1]))
+        lists.append(_list_of(sources, seen, wanted, new, holdout, config, recipe))
+        again = np.flatnonzero(generator.random(len(chosen)) < _SHORTENED)
+        if len(again):
+            few = seen.of_users(again).latest(generator.integers(1, _SHORTEST + 1, len(again)))
+            excluded = Wanted(None if new.excluded is None else new.excluded[again])
+            lists.append(_list_of(sources, few, wanted[again], excluded, holdout, config, recipe))
     return [part for part in lists if len(part.wanted_UC)]
+
+
+def _list_of(
+    sources: Sources,
+    seen: Histories,
+    wanted: sp.csr_matrix,
+    possible: Wanted,
+    holdout: Holdout,
+    config: RankerConfig,
+    recipe: Recipe,
+) -> Lists:
+    found = sources.candidates(seen, config.num_candidates, holdout.store, repeats=recipe.repeats, wanted=possible)
+    possible_UC = ~np.isneginf(found.score)
+    wanted_UC = np.take_along_axis(wanted.toarray() > 0, found.item, axis=1) & possible_UC
+    users = np.flatnonzero(wanted_UC.any(axis=1))
+    return Lists(*(torch.from_numpy(array[users]) for array in (found.features, wanted_UC, possible_UC)))
 
 
 def train_ranker(
@@ -359,8 +414,11 @@ def train_ranker(
     features_UCF, wanted_UC, possible_UC = (torch.cat(parts) for parts in zip(*lists, strict=True))
     features_UCF = features_UCF[..., config.columns]
     flat = features_UCF[possible_UC]
-    ranker.mean_F.copy_(flat.mean(0))
-    ranker.std_F.copy_(flat.std(0) + 1e-6)
+    known = ~flat.isnan()
+    mean = flat.nanmean(0).nan_to_num(0.0)
+    ranker.mean_F.copy_(mean)
+    squares = torch.where(known, flat - mean, 0.0).square().sum(0) / known.sum(0).clamp(min=1)
+    ranker.std_F.copy_(squares.sqrt() + 1e-6)
     num_lists = len(features_UCF)
     steps = max(1, num_lists // training.lists_a_step)
 

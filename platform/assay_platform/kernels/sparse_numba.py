@@ -1,4 +1,4 @@
-"""Sums of rows of a sparse matrix into dense ones, compiled: scores of histories by weights of items."""
+"""Products with sparse matrices, compiled: sums of rows for histories, and of chosen pairs alone."""
 
 from numba import njit
 
@@ -14,3 +14,17 @@ def add_rows(start, taken, row_start, column, weight, out):
             row = taken[place]
             for at in range(row_start[row], row_start[row + 1]):
                 out[n, column[at]] += weight[at]
+
+
+@njit(nogil=True, cache=True)
+def chosen_products(dense, row_start, column, value, chosen, out):
+    """out (N, C): the product of dense[n] and of row chosen[n, c] of a matrix as CSR.
+
+    dense (N, G). row_start (I + 1,), column, value: of (I, G). chosen (N, C).
+    """
+    for n in range(chosen.shape[0]):
+        for c in range(chosen.shape[1]):
+            total = 0.0
+            for at in range(row_start[chosen[n, c]], row_start[chosen[n, c] + 1]):
+                total += dense[n, column[at]] * value[at]
+            out[n, c] = total

@@ -22,7 +22,7 @@ from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
-from assay_platform.models.histories import Floats, Histories, Index
+from assay_platform.models.histories import Histories, Index
 
 
 class Adjacency(NamedTuple):
@@ -43,15 +43,16 @@ class ItemGraph:
     facts: sp.csr_matrix
 
     @staticmethod
-    def of(histories: Histories, facts_IG: Floats, *, closeness_s: float) -> "ItemGraph":
-        """Items taken within `closeness_s` of the one before are of the same basket; 0: at the same instant."""
+    def of(histories: Histories, facts: sp.csr_matrix, *, closeness_s: float) -> "ItemGraph":
+        """facts (I, G). Items taken within `closeness_s` of the one before are of its basket; 0: at that instant."""
         once = histories.once()
         user = once.users()
         another = np.ones(len(user), dtype=bool)
         another[1:] = (np.diff(user) != 0) | (np.diff(once.time_us) > closeness_s * 1e6)
-        facts = sp.csr_matrix((facts_IG > 0).astype(np.float32).T)
+        joined = facts.T.tocsr()
+        joined.data[:] = 1.0
         return ItemGraph(
-            user=user, item=once.item, basket=np.cumsum(another) - 1, num_users=once.num_users, facts=facts
+            user=user, item=once.item, basket=np.cumsum(another) - 1, num_users=once.num_users, facts=joined
         )
 
     @property

@@ -65,6 +65,19 @@ class Histories(NamedTuple):
         start = self.start[first : end + 1] - begin
         return Histories(start, self.item[rows], self.time_us[rows], self.liked[rows], self.now_us[first:end])
 
+    def of_users(self, rows: Index) -> "Histories":
+        """Some rows, in any order."""
+        length = np.diff(self.start)[rows]
+        start = np.concatenate([[0], np.cumsum(length)])
+        at = np.repeat(self.start[rows] - start[:-1], length) + np.arange(start[-1])
+        return Histories(start, self.item[at], self.time_us[at], self.liked[at], self.now_us[rows])
+
+    def latest(self, num: Index) -> "Histories":
+        """The last events of each user, at most num (N,)."""
+        user = self.users()
+        from_last = self.start[1:][user] - 1 - np.arange(len(user))
+        return self.where(from_last < num[user])
+
     def where(self, chosen: Flags) -> "Histories":
         """Some events of all users. chosen (E,)."""
         counts = np.bincount(self.users()[chosen], minlength=self.num_users)

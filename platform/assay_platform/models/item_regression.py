@@ -6,7 +6,7 @@ taken together once more (what a shop calls a basket). And of each item only the
 that a score is a sum over short lists.
 """
 
-# N users, I items, K weights kept an item
+# N users, I items, H items that are scored, K weights kept an item
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,21 +34,21 @@ class RegressionConfig:
 
 @dataclass(frozen=True)
 class ItemRegression:
-    """weights (I, I): of a history item (row) for an item to score (column)."""
+    """weights (I, H): of a history item (row) for an item to score (column)."""
 
     weights: sp.csr_matrix
 
     def scores(self, taken: sp.csr_matrix) -> Floats:
-        """(N, I) of histories, given as a 0/1 matrix."""
+        """(N, H) of histories, given as a 0/1 matrix (N, I)."""
         from assay_platform.kernels.sparse_numba import add_rows
 
         weights = self.weights
-        out = np.zeros(taken.shape, dtype=np.float32)
+        out = np.zeros((taken.shape[0], weights.shape[1]), dtype=np.float32)
         add_rows(taken.indptr, taken.indices, weights.indptr, weights.indices, weights.data, out)
         return out
 
     def added(self, taken: Index, item: int) -> Floats:
-        """(len(taken),) what each item of a history adds to the score of one item."""
+        """(len(taken),) what each item of a history adds to the score of one of the H."""
         by_item = self._by_item
         part = slice(by_item.indptr[item], by_item.indptr[item + 1])
         rows, weights = by_item.indices[part], by_item.data[part]
@@ -65,6 +65,13 @@ class ItemRegression:
         by_item.sort_indices()
         return by_item
 
+    def extended(self, num: int) -> "ItemRegression":
+        """With more items, from which nothing follows."""
+        weights = self.weights
+        start = np.concatenate([weights.indptr, np.full(num, weights.indptr[-1])])
+        shape = (weights.shape[0] + num, weights.shape[1])
+        return ItemRegression(sp.csr_matrix((weights.data, weights.indices, start), shape))
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What is saved of it."""
         weights = self.weights
@@ -75,11 +82,10 @@ class ItemRegression:
         }
 
     @staticmethod
-    def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> "ItemRegression":
-        """From what was saved."""
-        num_items = len(arrays["start"]) - 1
+    def of_arrays(arrays: Mapping[str, NDArray[Any]], num_scored: int) -> "ItemRegression":
+        """From what was saved. num_scored: H."""
         parts = (arrays["weight"], arrays["item"], arrays["start"])
-        return ItemRegression(sp.csr_matrix(parts, (num_items, num_items)))
+        return ItemRegression(sp.csr_matrix(parts, (len(arrays["start"]) - 1, num_scored)))
 
 
 def together(histories: Histories, num_items: int, closeness_s: float) -> sp.csr_matrix:
@@ -99,21 +105,35 @@ def together(histories: Histories, num_items: int, closeness_s: float) -> sp.csr
     return sp.csr_matrix(total + total.T)
 
 
-def fit_item_regression(histories: Histories, num_items: int, config: RegressionConfig) -> ItemRegression:
-    """The closed form; memory and time grow with I² and I³: 8,000 items take 1.5 GB and half a minute."""
+def fit_item_regression(
+    histories: Histories, num_items: int, config: RegressionConfig, head: Index | None = None
+) -> ItemRegression:
+    """The closed form of the items in `head` (H,), ascending; by default of all.
+
+    Memory and time grow with H² and H³: 8,000 items take 1.5 GB and half a minute.
+    """
+    head = np.arange(num_items) if head is None else head
     once = histories.once()
-    taken = once.matrix(num_items)
+    if len(head) < num_items:
+        place = np.full(num_items, -1, dtype=np.int64)
+        place[head] = np.arange(len(head))
+        once = once.where(place[once.item] >= 0)
+        once = once._replace(item=place[once.item])
+    taken = once.matrix(len(head))
     length = np.diff(once.start)
     # Weights of users that took the mean number of items are 1, so that the penalty means the same in every table.
     weight = np.sqrt(max(1.0, float(length[length > 0].mean())) / np.maximum(length, 1))
     gram = (taken.T @ taken.multiply(weight[:, None])).toarray().astype(np.float32)
     if config.closeness_s > 0:
-        gram += together(once, num_items, config.closeness_s)
+        gram += together(once, len(head), config.closeness_s)
     gram[np.diag_indices_from(gram)] += config.penalty
     inverse = _inverse(gram)
     weights = inverse / -np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
-    return ItemRegression(_strongest(weights))
+    kept = _strongest(weights)
+    start = np.zeros(num_items + 1, dtype=np.int64)
+    start[head + 1] = np.diff(kept.indptr)
+    return ItemRegression(sp.csr_matrix((kept.data, kept.indices, np.cumsum(start)), (num_items, len(head))))
 
 
 def _inverse(gram: NDArray[np.float32]) -> NDArray[np.float32]:
