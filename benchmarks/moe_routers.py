@@ -32,6 +32,7 @@ from assay_pipelines.recommend.train import (
     DEFAULTS,
     RankerTraining,
     Recipe,
+    fit_earliest,
     fit_sources,
     make_lists,
     train_ranker,
@@ -41,7 +42,7 @@ from assay_platform.models.encoding import fit_encoder
 from assay_platform.models.fraud import FraudNet, FraudNetConfig
 from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.recommender import Recommender
-from assay_platform.models.sources import Wanted
+from assay_platform.models.sources import Wanted, Weights
 from assay_platform.moe import ROUTERS, BackboneConfig, MoELayer
 from assay_platform.moe.router import count_choices
 from assay_platform.monitoring.routing import RoutingMonitor
@@ -194,12 +195,18 @@ class Recommend:
         self.prepared = prepared = Prepared(options, Reporter())
         repeats = schema.split.repeats
         recipe = Recipe(
-            graph=DEFAULTS, regression=RegressionConfig(), facts=prepared.facts, repeats=repeats, graph_weight=0.5
+            graph=DEFAULTS,
+            regression=RegressionConfig(),
+            facts=prepared.facts,
+            repeats=repeats,
+            weights=Weights(graph=0.5),
         )
         self.config = prepared.ranker_config
         self.sources = fit_sources(prepared.fit, recipe, seed=options.seed)
         self.store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
-        self.lists = make_lists(prepared.holdouts(prepared.parts.fit), recipe, self.config, seed=options.seed)
+        holdouts = prepared.holdouts(prepared.parts.fit)
+        earliest = fit_earliest(holdouts, recipe, seed=options.seed)
+        self.lists = make_lists(holdouts, recipe, self.config, earliest, seed=options.seed)
 
     def train_one(self, variant: str, seed: int) -> Outcome:
         """From scratch to the test part."""

@@ -18,11 +18,20 @@ import numpy as np
 import scipy.sparse as sp
 from assay_pipelines.recommend.evaluate import DEPTH, Hits, best_items, interval
 from assay_pipelines.recommend.pipeline import Prepared
-from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, Recipe, fit_sources, make_lists, train_ranker
+from assay_pipelines.recommend.train import (
+    DEFAULTS,
+    RankerTraining,
+    Recipe,
+    fit_earliest,
+    fit_sources,
+    make_lists,
+    train_ranker,
+)
+from assay_pipelines.recommend.train_sequence import SequenceTraining
 from assay_platform.models.histories import Histories
 from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.recommender import Recommender
-from assay_platform.models.sources import Wanted
+from assay_platform.models.sources import Wanted, Weights
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -76,10 +85,15 @@ def ours(prepared: Prepared, case: Case, seed: int) -> Lists:
     repeats, config = prepared.schema.split.repeats, prepared.ranker_config
     closeness_s = CLOSENESS_S.get(prepared.options.data, 0.0)
     regression = RegressionConfig(closeness_s=closeness_s)
-    recipe = Recipe(graph=DEFAULTS, regression=regression, facts=prepared.facts, repeats=repeats, graph_weight=0.5)
-    histories = prepared.histories(case.rows, prepared.train.now_us)
-    sources = fit_sources(histories, recipe, seed=seed)
-    lists = make_lists(prepared.holdouts(case.rows), recipe, config, seed=seed)
+    at_random = prepared.schema.split.protocol == "random"
+    recipe = Recipe(
+        graph=DEFAULTS, regression=regression, facts=prepared.facts, repeats=repeats, weights=Weights(graph=0.5),
+        sequence=None if at_random else SequenceTraining(),
+    )  # fmt: skip
+    histories, holdouts = prepared.histories(case.rows, prepared.train.now_us), prepared.holdouts(case.rows)
+    earliest = fit_earliest(holdouts, recipe, seed=seed)
+    sources = fit_sources(histories, recipe, seed=seed, sequence=earliest.sources.sequence)
+    lists = make_lists(holdouts, recipe, config, earliest, seed=seed)
     ranker, _ = train_ranker(lists, config, seed=seed, training=RankerTraining())
     model = Recommender(
         ranker=ranker, config=config, users=prepared.users, items=prepared.items, histories=histories,

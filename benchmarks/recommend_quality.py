@@ -5,15 +5,15 @@ after all before it, the 8,000 products bought most before). Everyone is tuned o
 configurations, then fitted again on train + validation with every seed; the test part is ranked once, in full.
 Intervals: 95 % of 1,000 Poisson bootstraps of users, of means over seeds, differences for the same users.
 
-    assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--whole] [--only PART,PART] [--seeds 0,1,2]
+    assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--whole] [--protocol P] [--only PART,PART] [--seeds 0,1,2]
                                   [--trials N]
 
 With --new only items count that a user had not taken before; --whole is of all products, however seldom bought.
 
-Parts: ours; diverse (as diverse as costs 1 % of NDCG@10 on validation); without graph, without regression, without
-closeness (time between what is taken), without liked (ratings), linear (no MoE), dense (all experts for every pair),
-sources (no ranker); ials, bpr. EASE, popularity and own frequency are always there. iALS and BPR are those of the
-optional package implicit.
+Parts: ours; diverse (as diverse as costs 1 % of NDCG@10 on validation); without graph, without sequence, without
+regression, without closeness (time between what is taken), without liked (ratings), linear (no MoE), dense (all
+experts for every pair), sources (no ranker); ials, bpr. EASE, popularity and own frequency are always there. iALS and
+BPR are those of the optional package implicit.
 """
 
 import argparse
@@ -24,22 +24,30 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from assay_features.schema import RecommendSchema
+from assay_features.schema import Protocol, RecommendSchema
 from assay_pipelines.console import Reporter
 from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
 from assay_pipelines.options import RunOptions
 from assay_pipelines.recommend.baseline import measure_baselines
 from assay_pipelines.recommend.evaluate import DEPTH, Hits, interval, ranking_metrics
 from assay_pipelines.recommend.pipeline import Prepared, choose_diversity, choose_recipe, trained
-from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, Recipe, fit_sources, make_lists, train_ranker
+from assay_pipelines.recommend.train import (
+    DEFAULTS,
+    RankerTraining,
+    Recipe,
+    fit_earliest,
+    fit_sources,
+    make_lists,
+    train_ranker,
+)
 from assay_platform.config import load_config
 from assay_platform.models.histories import Histories
 from assay_platform.models.recommender import PairRanker, Recommender
-from assay_platform.models.sources import PAIR_FEATURES, Wanted, top_candidates
+from assay_platform.models.sources import PAIR_FEATURES, Wanted, Weights, top_candidates
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,6 +60,7 @@ LIKED = ("liked_regression_z",)
 OURS = (
     "ours",
     "without graph",
+    "without sequence",
     "without regression",
     "without closeness",
     "without liked",
@@ -70,12 +79,14 @@ class Outcome(NamedTuple):
     seconds: list[float]
 
 
-def prepare(name: str, new: bool = False, whole: bool = False) -> Prepared:
+def prepare(name: str, new: bool = False, whole: bool = False, protocol: Protocol | None = None) -> Prepared:
     """The data set as `assay run recommend` sees it. whole: whatever the schema says of a limit on items."""
     config = load_config()
     folder = get_dataset(name, config.paths.data)
     schema = CATALOGUE[name].schema(folder)
     assert isinstance(schema, RecommendSchema)
+    if protocol is not None:
+        schema = replace(schema, split=replace(schema.split, protocol=protocol))
     if whole:
         schema = replace(schema, split=replace(schema.split, max_items=None))
     if new:
@@ -93,9 +104,12 @@ def ours(part: str, prepared: Prepared, recipe: Recipe, seeds: list[int]) -> Out
     gone = {"without graph": GRAPH, "without regression": REGRESSION, "without liked": LIKED, "without closeness": TIME}
     config = replace(config, features=tuple(name for name in config.features if name not in gone.get(part, ())))
     if part == "without graph":
-        recipe = replace(recipe, graph_weight=0.0)
+        recipe = replace(recipe, weights=replace(recipe.weights, graph=0.0))
     if part == "without regression":
-        recipe = replace(recipe, graph_weight=1e3)  # so much that it alone finds candidates
+        # So much of the others that they alone find candidates.
+        recipe = replace(recipe, weights=Weights(graph=1e3, sequence=1e3 * recipe.weights.sequence))
+    if part == "without sequence":
+        recipe = replace(recipe, sequence=None, weights=replace(recipe.weights, sequence=0.0))
     if part == "without closeness":
         recipe = replace(recipe, regression=replace(recipe.regression, closeness_s=0.0))
     diversity = 0.0
@@ -104,16 +118,20 @@ def ours(part: str, prepared: Prepared, recipe: Recipe, seeds: list[int]) -> Out
         allowing.schema = replace(prepared.schema, diversity_loss=0.01)
         fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, Reporter())
         diversity = choose_diversity(allowing, fitted, fitted.rankings["MoE"], Reporter())
+    if part == "without sequence" and recipe.sequence is None:
+        print("  without sequence: the recipe has none", flush=True)
     if part == "dense":
         config = replace(config, backbone=replace(config.backbone, num_experts=2, top_k=2))
     new = Wanted(None if recipe.repeats else prepared.train_matrix)
     for seed in seeds:
         began = time.perf_counter()
-        sources = fit_sources(prepared.train, recipe, seed=seed)
+        holdouts = prepared.holdouts(prepared.train_rows)
+        earliest = fit_earliest(holdouts, recipe, seed=seed)
+        sources = fit_sources(prepared.train, recipe, seed=seed, sequence=earliest.sources.sequence)
         if part == "sources":
             ranker = PairRanker(config)
         else:
-            lists = make_lists(prepared.holdouts(prepared.train_rows), recipe, config, seed=seed)
+            lists = make_lists(holdouts, recipe, config, earliest, seed=seed)
             ranker, _ = train_ranker(lists, config, seed=seed, training=RankerTraining(), linear=part == "linear")
         seconds.append(time.perf_counter() - began)
         model = Recommender(
@@ -226,6 +244,7 @@ def main() -> None:
     parser.add_argument("--data", default="movielens-100k")
     parser.add_argument("--new", action="store_true")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--protocol", choices=get_args(Protocol), help="instead of the schema's")
     parser.add_argument("--only", default=",".join((*OURS, *PEERS)))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=8)
@@ -234,7 +253,7 @@ def main() -> None:
     unknown = sorted(set(wanted) - {*OURS, *PEERS})
     if unknown:
         raise SystemExit(f"--only: unknown part {unknown[0]!r}; known are {', '.join((*OURS, *PEERS))}")
-    prepared = prepare(call.data, call.new, call.whole)
+    prepared = prepare(call.data, call.new, call.whole, call.protocol)
     repeats = prepared.schema.split.repeats
 
     def progress(_done: float, _text: str) -> None:
@@ -249,9 +268,9 @@ def main() -> None:
         parts[name] = partial(peer, name, prepared, call.seeds, call.trials)
     if set(wanted) & set(OURS):
         began = time.perf_counter()
-        recipe, _ = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0)
+        recipe = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0).recipe
         print(f"  chosen on validation in {time.perf_counter() - began:.0f} s: {recipe.regression}, "
-              f"{recipe.graph_weight} of the graph", flush=True)  # fmt: skip
+              f"{recipe.weights}", flush=True)  # fmt: skip
         for name in (name for name in OURS if name in wanted):
             parts[name] = partial(ours, name, prepared, recipe, call.seeds)
     for name, run in parts.items():

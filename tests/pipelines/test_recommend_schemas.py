@@ -11,7 +11,14 @@ from assay_pipelines.console import Reporter
 from assay_pipelines.options import RunOptions
 from assay_pipelines.recommend.evaluate import ranking_metrics
 from assay_pipelines.recommend.pipeline import Prepared, choose_recipe
-from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, fit_sources, make_lists, train_ranker
+from assay_pipelines.recommend.train import (
+    DEFAULTS,
+    RankerTraining,
+    fit_earliest,
+    fit_sources,
+    make_lists,
+    train_ranker,
+)
 from assay_platform.config import load_config
 from assay_platform.models.recommender import Recommender
 from assay_platform.models.sources import Wanted
@@ -51,9 +58,11 @@ def prepared(folder: Path, frame: pd.DataFrame, **schema: Any) -> Prepared:
 
 
 def trained(data: Prepared) -> Recommender:
-    recipe, _ = choose_recipe(data, GRAPH, Reporter(), seed=0)
-    sources = fit_sources(data.train, recipe, seed=0)
-    lists = make_lists(data.holdouts(data.train_rows), recipe, data.ranker_config, seed=0)
+    recipe = choose_recipe(data, GRAPH, Reporter(), seed=0).recipe
+    holdouts = data.holdouts(data.train_rows)
+    earliest = fit_earliest(holdouts, recipe, seed=0)
+    sources = fit_sources(data.train, recipe, seed=0, sequence=earliest.sources.sequence)
+    lists = make_lists(holdouts, recipe, data.ranker_config, earliest, seed=0)
     ranker, _ = train_ranker(lists, data.ranker_config, seed=0, training=RankerTraining(num_epochs=1))
     return Recommender(
         ranker=ranker, config=data.ranker_config, users=data.users, items=data.items, histories=data.train,

@@ -12,7 +12,8 @@ from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, 
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression, together
 from assay_platform.models.lists import diversified
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
-from assay_platform.models.sources import PAIR_FEATURES, ItemPast, ItemVectors, Sources, Wanted
+from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
+from assay_platform.models.sources import PAIR_FEATURES, ItemPast, ItemVectors, Sources, Wanted, Weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +42,12 @@ def facts_of(num: int = NUM_ITEMS) -> ItemFacts:
 
 
 def model_of(
-    histories: Histories, *, repeats: bool, config: RankerConfig = PLAIN, num_head: int = NUM_ITEMS
+    histories: Histories,
+    *,
+    repeats: bool,
+    config: RankerConfig = PLAIN,
+    num_head: int = NUM_ITEMS,
+    ordered: bool = False,
 ) -> Recommender:
     rng = np.random.default_rng(0)
     vectors = ItemVectors(
@@ -53,6 +59,10 @@ def model_of(
     liked = fit_item_regression(histories.where(histories.liked), NUM_ITEMS, penalised, head)
     content = fit_content_map(facts, vectors.stacked(), past.takers)
     torch.manual_seed(0)
+    sequence = None
+    if ordered:
+        sequence = SequenceEncoder(vectors.item_ID, SequenceConfig(length=6)).eval().requires_grad_(False)
+        torch.nn.init.normal_(sequence.bias_I)
     ranker = PairRanker(config)
     torch.nn.init.normal_(ranker.head.weight, std=5.0)  # an order of its own
     return Recommender(
@@ -61,7 +71,9 @@ def model_of(
         users=[f"u{u}" for u in range(NUM_USERS)],
         items=[f"i{i}" for i in range(NUM_ITEMS)],
         histories=histories,
-        sources=Sources(regression, liked, vectors, past, facts, content, head),
+        sources=Sources(
+            regression, liked, vectors, past, facts, content, head, sequence, Weights(graph=0.5, sequence=0.25)
+        ),
         store_features_IF=np.zeros((NUM_ITEMS, 0), dtype=np.float32),
         repeats=repeats,
     )
@@ -114,12 +126,13 @@ def test_where_items_are_taken_again_a_users_own_are_among_the_candidates() -> N
 
 
 @pytest.mark.parametrize("repeats", [False, True])
-@pytest.mark.parametrize("num_head", [1, 20, NUM_ITEMS])
+@pytest.mark.parametrize("num_head", [2, 20, NUM_ITEMS])
 def test_beyond_the_head_nothing_is_lost(num_head: int, repeats: bool) -> None:
     """The best of all items by the definition of their scores, whichever of them are looked up in the index."""
     histories = made_up(200)
-    model = model_of(histories, repeats=repeats, num_head=num_head)
+    model = model_of(histories, repeats=repeats, num_head=num_head, ordered=True)
     sources = model._sources
+    assert sources.sequence is not None
     seen, rng = histories.matrix(NUM_ITEMS), np.random.default_rng(1)
     allowed = rng.random(NUM_ITEMS) < 0.8
     wanted = Wanted(None if repeats else seen, allowed)
@@ -132,7 +145,8 @@ def test_beyond_the_head_nothing_is_lost(num_head: int, repeats: bool) -> None:
         head = scores[:, sources.head]
         return (scores - head.mean(1, keepdims=True)) / (head.std(1, keepdims=True) + 1e-9)
 
-    score = z(regression) + 0.5 * z(graph)
+    sequence = sources.sequence.users(histories) @ sources.sequence.stacked().T
+    score = z(regression) + 0.5 * z(graph) + 0.25 * z(sequence)
     if repeats:
         own = OwnPast(histories, NUM_ITEMS)
         for user in range(NUM_USERS):

@@ -12,7 +12,7 @@ from assay_platform.models.encoding import EncodedRows, TabularEncoder, typical_
 from assay_platform.models.fraud import FraudModel, FraudModelParts, FraudNet, FraudNetConfig
 from assay_platform.moe import BackboneConfig
 from assay_platform.monitoring.routing import RoutingMonitor
-from assay_platform.training import FitResult, TrainConfig, fit
+from assay_platform.training import FitResult, TrainConfig, fastest_device, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
 from torch import Tensor
@@ -158,7 +158,7 @@ def train_net(
     start: is left as it is. device: a GPU by default where there is one. The net that comes back is on the CPU.
     """
     torch.manual_seed(seed)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or fastest_device()
     generator = torch.Generator().manual_seed(seed)
     net = FraudNet(data.edges, data.encoder.cardinalities, net_config(params)) if start is None else deepcopy(start)
     net = net.requires_grad_(True).to(device)

@@ -18,7 +18,7 @@ from assay_platform.models.content import ItemFacts
 from assay_platform.models.histories import Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
-from assay_platform.models.sources import Sources, Wanted
+from assay_platform.models.sources import Sources, Wanted, Weights
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
@@ -33,17 +33,20 @@ from assay_pipelines.recommend.split import Parts, split_interactions
 from assay_pipelines.recommend.train import (
     DEFAULTS,
     SPACE,
+    Earliest,
     EncoderData,
     Holdout,
     RankerTraining,
     Recipe,
     choose_regression,
+    fit_earliest,
     fit_sources,
     item_graph,
     make_lists,
     objective,
     train_ranker,
 )
+from assay_pipelines.recommend.train_sequence import SequenceTraining
 from assay_pipelines.tracking import (
     champion_metric,
     log_routing,
@@ -58,7 +61,7 @@ _NUM_FOLDS, _NUM_HOLDOUTS = 5, 4
 _CUTS = (1.0, 1.5, 2.0, 2.5)
 _MIN_SEEN = 0.4  # of the time must be before a cut
 _MIN_DISLIKED = 0.1
-_GRAPH_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
+_WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _DIVERSITIES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
 _METRIC = "ndcg_at_10"
 
@@ -260,8 +263,9 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:{options.seed}"
     with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
         found = _search(options, reporter, run, prepared)
-        recipe, sources = choose_recipe(prepared, found.best, reporter, seed=options.seed)
-        fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, reporter, sources)
+        chosen = choose_recipe(prepared, found.best, reporter, seed=options.seed)
+        recipe = chosen.recipe
+        fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, reporter, chosen)
         with reporter.stage("evaluate", "Choose on validation") as stage:
             measured = {
                 name: _measure(
@@ -275,7 +279,8 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             stage.update(1.0, "NDCG@10 " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
         run.log(
             params={"ranker": best, "regression.penalty": recipe.regression.penalty,
-                    "regression.closeness_s": recipe.regression.closeness_s, "graph_weight": recipe.graph_weight},
+                    "regression.closeness_s": recipe.regression.closeness_s, "weights.graph": recipe.weights.graph,
+                    "weights.sequence": recipe.weights.sequence},
             metrics={f"validation.ndcg_at_10.{name}": value for name, value in measured.items()},
         )  # fmt: skip
         diversity = choose_diversity(prepared, fitted, fitted.rankings[best], reporter)
@@ -300,7 +305,8 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             everything = np.arange(len(prepared.events))
             histories = prepared.histories(everything, int(prepared.events.time_us[-1]) + 1)
             with reporter.stage("train", "Refit the sources on everything"):
-                sources = fit_sources(histories, recipe, seed=options.seed)
+                shared = refitted.sources.sequence
+                sources = fit_sources(histories, recipe, seed=options.seed, sequence=shared)
             model = _recommender(prepared, histories, sources, store_IF, ranking, diversity)
         registry = open_registry(options.config)
         champion, champion_version = champion_metric(
@@ -351,28 +357,46 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     )
 
 
-def choose_recipe(
-    prepared: Prepared, graph: Mapping[str, Any], reporter: Reporter, *, seed: int
-) -> tuple[Recipe, Sources]:
-    """The regression, and how much of the graph beside it, that rank the validation part best; and the sources of the
-    fitting part that come of it. graph: parameters.
+class Chosen(NamedTuple):
+    """What validation chose, and what was fitted for that: the sources of the fitting part, those of its earliest
+    holdout.
     """
-    repeats = prepared.schema.split.repeats
+
+    recipe: Recipe
+    sources: Sources
+    earliest: Earliest
+
+
+def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Reporter, *, seed: int) -> Chosen:
+    """The regression, and how much of graph and sequence beside it, that rank the validation part best.
+
+    graph: parameters. A split at random has no use for the order of events: what is left out lies between what is seen.
+    """
+    split = prepared.schema.split
     with reporter.stage("train", "Choose the regression") as stage:
-        regression = choose_regression(prepared.fit, prepared.validation, repeats=repeats, on_progress=stage.update)
-    recipe = Recipe(graph=graph, regression=regression, facts=prepared.facts, repeats=repeats)
-    with reporter.stage("train", "Weigh the graph beside it") as stage:
-        sources = fit_sources(prepared.fit, recipe, seed=seed)
+        regression = choose_regression(
+            prepared.fit, prepared.validation, repeats=split.repeats, on_progress=stage.update
+        )
+    sequence = None if split.protocol == "random" else SequenceTraining()
+    recipe = Recipe(graph=graph, regression=regression, facts=prepared.facts, repeats=split.repeats, sequence=sequence)
+    with reporter.stage("train", "Fit the sequence encoder" if sequence else "Fit the first holdout"):
+        earliest = fit_earliest(prepared.holdouts(prepared.parts.fit), recipe, seed=seed)
+    with reporter.stage("train", "Weigh the sources") as stage:
+        sources = fit_sources(prepared.fit, recipe, seed=seed, sequence=earliest.sources.sequence)
         store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
         plain = Ranking(PairRanker(prepared.ranker_config), None)
-        reached = {}
-        for weight in _GRAPH_WEIGHTS:
-            weighed = replace(sources, graph_weight=weight)
-            model = _recommender(prepared, prepared.fit, weighed, store_IF, plain)
-            reached[weight] = _measure(model, prepared.fit, prepared.validation)[_METRIC]
-            stage.update(len(reached) / len(_GRAPH_WEIGHTS), f"NDCG@10 {max(reached.values()):.3f}")
-    best = max(reached, key=lambda weight: reached[weight])
-    return replace(recipe, graph_weight=best), replace(sources, graph_weight=best)
+        names = ["graph"] if sources.sequence is None else ["graph", "sequence"]
+        for done, name in enumerate(names):
+            reached: dict[Weights, float] = {}
+            for weight in _WEIGHTS:
+                weights = replace(recipe.weights, **{name: weight})
+                model = _recommender(prepared, prepared.fit, replace(sources, weights=weights), store_IF, plain)
+                reached[weights] = _measure(model, prepared.fit, prepared.validation)[_METRIC]
+                part = (done + len(reached) / len(_WEIGHTS)) / len(names)
+                stage.update(part, f"NDCG@10 {max(reached.values()):.3f}")
+            recipe = replace(recipe, weights=max(reached, key=lambda weights: reached[weights]))
+        sources = replace(sources, weights=recipe.weights)
+    return Chosen(recipe, sources, earliest)
 
 
 class Trained(NamedTuple):
@@ -389,18 +413,21 @@ def trained(
     histories: Histories,
     recipe: Recipe,
     reporter: Reporter,
-    sources: Sources | None = None,
+    chosen: Chosen | None = None,
 ) -> Trained:
-    """Sources of these interactions, unless they are given, and a ranker that learned from holdouts of them.
+    """Sources of these interactions, and a ranker that learned from holdouts of them.
 
-    histories: of these rows.
+    histories: of these rows. chosen: what was fitted to the same rows already.
     """
     config, seed = prepared.ranker_config, prepared.options.seed
-    with reporter.stage("train", "Fit regression and graph"):
-        sources = sources or fit_sources(histories, recipe, seed=seed)
+    holdouts = prepared.holdouts(rows)
+    with reporter.stage("train", "Fit the sources"):
+        earliest = fit_earliest(holdouts, recipe, seed=seed) if chosen is None else chosen.earliest
+        shared = earliest.sources.sequence
+        sources = fit_sources(histories, recipe, seed=seed, sequence=shared) if chosen is None else chosen.sources
         store_IF = prepared.item_features(rows, histories)
     with reporter.stage("train", "Fit them without the holdouts") as stage:
-        lists = make_lists(prepared.holdouts(rows), recipe, config, seed=seed, on_progress=stage.update)
+        lists = make_lists(holdouts, recipe, config, earliest, seed=seed, on_progress=stage.update)
     with reporter.stage("train", "Train the MoE ranker") as stage:
         ranker, routing = train_ranker(lists, config, seed=seed, training=RankerTraining(), on_progress=stage.update)
     rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}

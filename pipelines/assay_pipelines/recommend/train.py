@@ -21,14 +21,16 @@ from assay_platform.models.graph import Adjacency, GraphEncoder, ItemGraph, adja
 from assay_platform.models.histories import Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.recommender import PairRanker, RankerConfig
-from assay_platform.models.sources import ItemPast, ItemVectors, Sources, Wanted
+from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
+from assay_platform.models.sources import NO_MORE, ItemPast, ItemVectors, Sources, Wanted, Weights
 from assay_platform.monitoring.routing import RoutingMonitor
-from assay_platform.training import TrainConfig, fit
+from assay_platform.training import TrainConfig, fastest_device, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
 from torch import Tensor
 
 from assay_pipelines.recommend.evaluate import best_items, ranking_metrics
+from assay_pipelines.recommend.train_sequence import SequenceTraining, train_sequence
 
 _STEPS_AN_EPOCH = 10
 # The softmax of a step: users, and users times items. Items are drawn where that leaves too few users.
@@ -71,23 +73,24 @@ class _Masked(NamedTuple):
     dropped: tuple[Tensor, Tensor]
 
 
-def _mask(graph: ItemGraph, fraction: float, generator: np.random.Generator) -> _Masked:
+def _mask(graph: ItemGraph, fraction: float, generator: np.random.Generator, device: torch.device) -> _Masked:
     keep = generator.random(len(graph.user)) > fraction
 
     def pairs(rows: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(graph.user[rows]), torch.from_numpy(graph.item[rows])
+        return torch.from_numpy(graph.user[rows]).to(device), torch.from_numpy(graph.item[rows]).to(device)
 
-    return _Masked(adjacencies(graph.matrices(keep)), pairs(keep), pairs(~keep))
+    return _Masked(adjacencies(graph.matrices(keep), device), pairs(keep), pairs(~keep))
 
 
 class _Softmax(NamedTuple):
     """Products of some users with the items that they are told from, and which of them count.
 
-    stands_for (n,): logarithm of how many items one stands for. wanted, hidden: places of dropped and kept edges.
+    items: which. stands_for (n,) or (): logarithm of how many items one stands for. wanted, hidden: places of dropped
+    and of kept edges.
     """
 
     products_UI: Tensor
-    items: Tensor
+    items: Tensor | slice
     stands_for: Tensor
     wanted: tuple[Tensor, Tensor]
     hidden: tuple[Tensor, Tensor]
@@ -98,22 +101,26 @@ class _Softmax(NamedTuple):
         num_items, wanted, hidden = len(item_ID), masked.dropped, masked.kept
         most = min(_MOST_USERS, max(_FEWEST_USERS, _LOSS_CELLS // num_items))
         if len(user_UD) > most:
-            users = torch.from_numpy(np.sort(generator.choice(len(user_UD), most, replace=False)))
+            users = torch.from_numpy(np.sort(generator.choice(len(user_UD), most, replace=False))).to(user_UD.device)
             wanted, hidden = (_among(pairs, 0, users, len(user_UD)) for pairs in (wanted, hidden))
             user_UD = user_UD[users]
-        items, stands_for = torch.arange(num_items), torch.zeros(num_items)
+        items: Tensor | slice = slice(None)
+        stands_for = torch.zeros((), device=user_UD.device)
         if len(user_UD) * num_items > 2 * _LOSS_CELLS:
             drawn = generator.integers(0, num_items, _LOSS_CELLS // len(user_UD))
-            items = torch.from_numpy(np.unique(np.concatenate([wanted[1].numpy(), drawn])))
-            are_wanted = torch.isin(items, wanted[1])
+            told_from = np.unique(np.concatenate([wanted[1].cpu().numpy(), drawn]))
+            items = chosen = torch.from_numpy(told_from).to(user_UD.device)
+            are_wanted = torch.isin(chosen, wanted[1])
             left = num_items - int(are_wanted.sum())
             stands_for = torch.where(are_wanted, 0.0, float(np.log(left / max(1, int((~are_wanted).sum())))))
-            wanted, hidden = (_among(pairs, 1, items, num_items) for pairs in (wanted, hidden))
+            wanted, hidden = (_among(pairs, 1, chosen, num_items) for pairs in (wanted, hidden))
         return _Softmax(user_UD @ item_ID[items].T, items, stands_for, wanted, hidden)
 
     def loss(self, logits_UI: Tensor) -> Tensor:
         """Of the dropped edges; a user's edges weigh 1 / sqrt(how many it lost)."""
-        logits_UI = (logits_UI + self.stands_for).index_put(self.hidden, torch.tensor(_MASKED_OUT))
+        logits_UI = (logits_UI + self.stands_for).index_put(
+            self.hidden, torch.tensor(_MASKED_OUT, device=logits_UI.device)
+        )
         rows, columns = self.wanted
         weight = torch.bincount(rows, minlength=len(logits_UI)).float().clamp(min=1)[rows].rsqrt()
         loss = logits_UI.logsumexp(1)[rows] - logits_UI[rows, columns]
@@ -122,8 +129,8 @@ class _Softmax(NamedTuple):
 
 def _among(pairs: tuple[Tensor, Tensor], side: int, chosen: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Of the pairs those whose one side is chosen, that side as its place among the chosen."""
-    place = torch.full((num,), -1, dtype=torch.int64)
-    place[chosen] = torch.arange(len(chosen))
+    place = torch.full((num,), -1, dtype=torch.int64, device=chosen.device)
+    place[chosen] = torch.arange(len(chosen), device=chosen.device)
     at = place[pairs[side]]
     kept = at >= 0
     return (at[kept], pairs[1][kept]) if side == 0 else (pairs[0][kept], at[kept])
@@ -131,8 +138,9 @@ def _among(pairs: tuple[Tensor, Tensor], side: int, chosen: Tensor, num: int) ->
 
 def _calibrate(encoder: GraphEncoder, graph: ItemGraph, generator: np.random.Generator) -> None:
     """Start temperature and popularity bias where the loss of the untrained encoder is lowest."""
-    masked = _mask(graph, _CALIBRATION_MASK, generator)
-    log_popularity = torch.from_numpy(np.log1p(np.bincount(graph.item, minlength=graph.num_items))).float()
+    device = encoder.base_ID.device
+    masked = _mask(graph, _CALIBRATION_MASK, generator, device)
+    log_popularity = torch.from_numpy(np.log1p(np.bincount(graph.item, minlength=graph.num_items))).float().to(device)
     with torch.no_grad():
         user_UD, item_ID = encoder.eval()(masked.graph)
         softmax = _Softmax.of(user_UD, item_ID, masked, generator)
@@ -155,15 +163,16 @@ def train_encoder(
     evaluate: Callable[[GraphEncoder], float] | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
 ) -> GraphEncoder:
-    """Fit a graph encoder to all edges given."""
+    """Fit a graph encoder to all edges given: on a GPU where there is one. It comes back on the CPU."""
     torch.manual_seed(seed)
-    generator = np.random.default_rng(seed)
+    generator, device = np.random.default_rng(seed), fastest_device()
     encoder = GraphEncoder(graph, width=params["width"], num_layers=params["num_layers"], dropout=params["dropout"])
+    encoder.to(device)
     _calibrate(encoder, graph, generator)
 
     def batches(_: int) -> Iterator[_Masked]:
         for _step in range(_STEPS_AN_EPOCH):
-            yield _mask(graph, generator.uniform(params["mask_low"], params["mask_high"]), generator)
+            yield _mask(graph, generator.uniform(params["mask_low"], params["mask_high"]), generator, device)
 
     def loss(masked: _Masked) -> Tensor:
         user_UD, item_ID = encoder(masked.graph)
@@ -185,7 +194,7 @@ def train_encoder(
         config=config,
         on_epoch=on_epoch,
     )
-    return encoder.eval()
+    return encoder.cpu().eval()
 
 
 def item_vectors(encoder: GraphEncoder, graph: ItemGraph) -> ItemVectors:
@@ -202,9 +211,9 @@ def item_vectors(encoder: GraphEncoder, graph: ItemGraph) -> ItemVectors:
 def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, *, repeats: bool) -> float:
     """NDCG@10 of the encoder alone."""
     with torch.no_grad():
-        user_UD, item_ID = encoder(adjacencies(graph.matrices()))
+        user_UD, item_ID = encoder(adjacencies(graph.matrices(), encoder.base_ID.device))
         seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
-        top = best_items(lambda a, b: encoder.score(user_UD[a:b], item_ID).numpy(), seen, repeats=repeats)
+        top = best_items(lambda a, b: encoder.score(user_UD[a:b], item_ID).cpu().numpy(), seen, repeats=repeats)
     return ranking_metrics(top, wanted, seen)["ndcg_at_10"]
 
 
@@ -266,13 +275,14 @@ def choose_regression(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What validation chose of the sources. graph_weight: None until it is chosen."""
+    """What validation chose of the sources. sequence: None where the order of events is of no use."""
 
     graph: Mapping[str, Any]
     regression: RegressionConfig
     facts: ItemFacts
     repeats: bool
-    graph_weight: float | None = None
+    sequence: SequenceTraining | None = None
+    weights: Weights = NO_MORE
 
 
 def item_graph(histories: Histories, facts: ItemFacts, regression: RegressionConfig) -> ItemGraph:
@@ -280,8 +290,8 @@ def item_graph(histories: Histories, facts: ItemFacts, regression: RegressionCon
     return ItemGraph.of(histories, facts.categories, closeness_s=regression.closeness_s)
 
 
-def fit_sources(histories: Histories, recipe: Recipe, *, seed: int) -> Sources:
-    """All sources from the same events."""
+def fit_sources(histories: Histories, recipe: Recipe, *, seed: int, sequence: SequenceEncoder | None = None) -> Sources:
+    """All sources from the same events, beside a sequence encoder that is there already."""
     num_items = recipe.facts.num_items
     past = ItemPast.of(histories, num_items)
     head = past.head(MAX_HEAD)
@@ -297,7 +307,8 @@ def fit_sources(histories: Histories, recipe: Recipe, *, seed: int) -> Sources:
         recipe.facts,
         content,
         head,
-        recipe.graph_weight or 0.0,
+        sequence,
+        recipe.weights,
     )
 
 
@@ -334,10 +345,31 @@ class RankerTraining:
     weight_decay: float = 0.05
 
 
+class Earliest(NamedTuple):
+    """The sources of the holdout that sees least, and its number. Their sequence encoder serves everywhere: it is a
+    function of histories, and it has seen the labels of no holdout.
+    """
+
+    number: int
+    sources: Sources
+
+
+def fit_earliest(holdouts: list[Holdout], recipe: Recipe, *, seed: int) -> Earliest:
+    """With a sequence encoder if the recipe has one."""
+    number = min(range(len(holdouts)), key=lambda n: len(holdouts[n].seen.item))
+    seen = holdouts[number].seen
+    sources = fit_sources(seen, recipe, seed=seed + 1 + number)
+    if recipe.sequence is not None:
+        encoder = train_sequence(seen, sources.vectors.item_ID, SequenceConfig(), recipe.sequence, seed=seed)
+        sources = replace(sources, sequence=encoder.requires_grad_(False))
+    return Earliest(number, sources)
+
+
 def make_lists(
     holdouts: list[Holdout],
     recipe: Recipe,
     config: RankerConfig,
+    earliest: Earliest,
     *,
     seed: int,
     on_progress: Callable[[float], None] = lambda done: None,
@@ -345,7 +377,10 @@ def make_lists(
     """Fit the sources without each holdout's labels and collect what a ranker would see."""
     lists, generator = [], np.random.default_rng(seed)
     for number, holdout in enumerate(holdouts):
-        sources = fit_sources(holdout.seen, recipe, seed=seed + 1 + number)
+        sources = earliest.sources
+        if number != earliest.number:
+            sources = fit_sources(holdout.seen, recipe, seed=seed + 1 + number, sequence=sources.sequence)
+        sources = replace(sources, weights=recipe.weights)
         lists += _lists(sources, holdout, config, recipe, _MOST_LISTS // len(holdouts), generator)
         on_progress((number + 1) / len(holdouts))
     return lists
@@ -404,7 +439,7 @@ def train_ranker(
     linear: without the experts, for comparison.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), fastest_device()
     ranker = PairRanker(config)
     for module in (ranker.backbone, ranker.head):
         module.requires_grad_(not linear)
@@ -419,6 +454,7 @@ def train_ranker(
     ranker.mean_F.copy_(mean)
     squares = torch.where(known, flat - mean, 0.0).square().sum(0) / known.sum(0).clamp(min=1)
     ranker.std_F.copy_(squares.sqrt() + 1e-6)
+    ranker.to(device)
     num_lists = len(features_UCF)
     steps = max(1, num_lists // training.lists_a_step)
 
@@ -426,9 +462,9 @@ def train_ranker(
         yield from torch.randperm(num_lists, generator=generator).tensor_split(steps)
 
     def loss(users: Tensor) -> Tensor:
-        logits, balance = ranker(features_UCF[users])
-        logits = logits.masked_fill(~possible_UC[users], _MASKED_OUT)
-        wanted = wanted_UC[users].float()
+        logits, balance = ranker(features_UCF[users].to(device))
+        logits = logits.masked_fill(~possible_UC[users].to(device), _MASKED_OUT)
+        wanted = wanted_UC[users].float().to(device)
         likelihood = (logits.log_softmax(1) * wanted).sum(1) / wanted.sum(1)
         total: Tensor = balance - likelihood.mean()
         return total
@@ -451,4 +487,4 @@ def train_ranker(
             ),
             on_epoch=epoch_done,
         )
-    return ranker, monitor
+    return ranker.cpu(), monitor

@@ -82,9 +82,10 @@ def normalised(interactions: sp.csr_matrix) -> sp.csr_matrix:
     return sp.csr_matrix(sp.diags(user_scale) @ interactions @ sp.diags(item_scale)).astype(np.float32)
 
 
-def adjacencies(matrices: list[sp.csr_matrix]) -> list[Adjacency]:
-    """Ready for many products."""
-    return [Adjacency(_torch_csr(matrix), _torch_csr(sp.csr_matrix(matrix.T))) for matrix in matrices]
+def adjacencies(matrices: list[sp.csr_matrix], device: torch.device | None = None) -> list[Adjacency]:
+    """Ready for many products. device: by default the CPU."""
+    both = ((_torch_csr(matrix), _torch_csr(sp.csr_matrix(matrix.T))) for matrix in matrices)
+    return [Adjacency(matrix.to(device), transpose.to(device)) for matrix, transpose in both]
 
 
 def _torch_csr(matrix: sp.csr_matrix) -> Tensor:

@@ -24,6 +24,7 @@ from assay_platform.models.content import ContentMap, ItemFacts, Row
 from assay_platform.models.histories import Flags, Floats, Histories, Index
 from assay_platform.models.item_regression import ItemRegression
 from assay_platform.models.lists import diversified
+from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
 from assay_platform.models.sources import (
     ALL_ITEMS,
     PAIR_FEATURES,
@@ -32,6 +33,7 @@ from assay_platform.models.sources import (
     Sources,
     StoreFeatures,
     Wanted,
+    Weights,
     top_candidates,
 )
 from assay_platform.moe import Backbone, BackboneConfig
@@ -152,7 +154,8 @@ class Recommender:
         sources = self._sources
         learned = sources.regression.weights.nnz + sources.vectors.item_ID.size + len(self.items)
         learned += 0 if sources.liked is None else sources.liked.weights.nnz
-        return int(learned) + sum(p.numel() for p in self._ranker.parameters())
+        nets = [self._ranker, *([] if sources.sequence is None else [sources.sequence])]
+        return int(learned) + sum(p.numel() for net in nets for p in net.parameters())
 
     def title(self, item: int) -> str:
         """For people."""
@@ -312,6 +315,8 @@ class Recommender:
             **{f"history.{name}": array for name, array in held._asdict().items()},
         }
         tensors |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        if sources.sequence is not None:
+            tensors |= {f"sequence.{name}": value for name, value in sources.sequence.state_dict().items()}
         config = {
             "ranker": asdict(self._config),
             "users": self.users,
@@ -321,7 +326,8 @@ class Recommender:
             "text": facts.text,
             "categorical": facts.categorical,
             "scale": vectors.scale,
-            "graph_weight": sources.graph_weight,
+            "weights": asdict(sources.weights),
+            "sequence": None if sources.sequence is None else asdict(sources.sequence.config),
             "repeats": self.repeats,
             "use_ranker": self.use_ranker,
             "diversity": self.diversity,
@@ -363,22 +369,32 @@ class Recommender:
             past = ItemPast(*(tensors.pop(f"past.{name}").numpy() for name in ItemPast._fields))
             histories = Histories(*(tensors.pop(f"history.{name}").numpy() for name in Histories._fields))
             store_features_IF = tensors.pop("store_features_IF").numpy()
-            graph_weight = float(config["graph_weight"])
+            weights = Weights(**{name: float(weight) for name, weight in config["weights"].items()})
+            of_sequence = None if config["sequence"] is None else SequenceConfig(**config["sequence"])
             repeats, use_ranker = bool(config["repeats"]), bool(config["use_ranker"])
             diversity = float(config["diversity"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{folder}: config.json does not describe a recommender: {error}") from error
+        sequence = None
+        if of_sequence is not None:
+            sequence = SequenceEncoder(np.zeros_like(vectors.item_ID), of_sequence)
+            load_weights(sequence, _taken_out(tensors, "sequence."), folder)
         ranker = PairRanker(ranker_config)
-        load_weights(ranker, {name.removeprefix("ranker."): t for name, t in tensors.items()}, folder)
+        load_weights(ranker, _taken_out(tensors, "ranker."), folder)
         return Recommender(
             ranker=ranker,
             config=ranker_config,
             users=users,
             items=items,
             histories=histories,
-            sources=Sources(regression, liked, vectors, past, facts, content, head, graph_weight),
+            sources=Sources(regression, liked, vectors, past, facts, content, head, sequence, weights),
             store_features_IF=store_features_IF,
             repeats=repeats,
             use_ranker=use_ranker,
             diversity=diversity,
         )
+
+
+def _taken_out(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}

@@ -7,8 +7,8 @@ thousand.
 
 # N users, I items, H items of the head, D width of a vector, C candidates, T of them from beyond the head, F features
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -29,11 +29,13 @@ from assay_platform.models.histories import (
 )
 from assay_platform.models.item_regression import ItemRegression
 from assay_platform.models.retrieval import ItemIndex
+from assay_platform.models.sequence import SequenceEncoder
 
 # What sources and the item table say of a pair; features of the store are appended to PAIR_FEATURES.
 SOURCE_FEATURES = (
-    "regression", "regression_z", "liked_regression_z", "graph_log_softmax", "graph_z", "log_popularity",
-    "category_match", "days_after_first_taken", "days_before_last_taken", "share_who_repeat", "days_a_taker",
+    "regression", "regression_z", "liked_regression_z", "graph_log_softmax", "graph_z", "sequence_log_softmax",
+    "sequence_z", "log_popularity", "category_match", "days_after_first_taken", "days_before_last_taken",
+    "share_who_repeat", "days_a_taker",
 )  # fmt: skip
 PAIR_FEATURES = (*SOURCE_FEATURES, *OWN_FEATURES, *USER_FEATURES)
 _OWN_CANDIDATES = 0.75  # the most of the candidates that may come from a user's own past
@@ -127,20 +129,67 @@ class Wanted:
 ALL_ITEMS = Wanted()
 
 
-class _Scores(NamedTuple):
-    """Scores of the head (N, H), and what turns them into standard deviations from the mean."""
+class _Scores:
+    """One source's scores: of the head (N, H), and by a product of vectors of any pair; without vectors 0 beyond it."""
 
-    value_NH: Floats
-    mean_N1: Floats
-    std_N1: Floats
-
-    @staticmethod
-    def of(value_NH: Floats) -> "_Scores":
-        std = value_NH.std(axis=1, keepdims=True) + np.float32(1e-9)
-        return _Scores(value_NH, value_NH.mean(axis=1, keepdims=True), std)
+    def __init__(self, value_NH: Floats, user_ND: Floats | None = None, item_ID: Floats | None = None) -> None:
+        self.value_NH, self._user_ND, self._item_ID = value_NH, user_ND, item_ID
+        self._mean = value_NH.mean(axis=1, keepdims=True)
+        self._std = value_NH.std(axis=1, keepdims=True) + np.float32(1e-9)
 
     def z(self, values: Floats) -> Floats:
-        return np.asarray((values - self.mean_N1) / self.std_N1, dtype=np.float32)
+        """In standard deviations from the head's mean."""
+        return np.asarray((values - self._mean) / self._std, dtype=np.float32)
+
+    def of(self, item_NT: Index) -> Floats:
+        """(N, T) of pairs beyond the head."""
+        if self._user_ND is None or self._item_ID is None:
+            return np.zeros(item_NT.shape, dtype=np.float32)
+        products = np.einsum("nd,ntd->nt", self._user_ND, self._item_ID[item_NT], optimize=True)
+        return np.asarray(products, dtype=np.float32)
+
+    def query(self, weight: float) -> Floats:
+        """(N, D) vectors whose products with items' are their weighed scores, but for a constant of each user."""
+        assert self._user_ND is not None
+        return np.asarray(self._user_ND * np.float32(weight) / self._std, dtype=np.float32)
+
+    def log_softmax(self, values: Floats) -> Floats:
+        """Over the head."""
+        top = self.value_NH.max(axis=1, keepdims=True)
+        return np.asarray(values - top - np.log(np.exp(self.value_NH - top).sum(axis=1, keepdims=True)))
+
+
+class _Pool(NamedTuple):
+    """Where candidates come from: the head, and the items beyond it that were looked up, (N, T), -1 for none."""
+
+    head: Index
+    tail_NT: Index
+
+    def items(self, place_NC: Index) -> Index:
+        """Of places: first those of the head, then of the tail."""
+        if not self.tail_NT.shape[1]:
+            return self.head[place_NC]
+        beyond = np.take_along_axis(self.tail_NT, np.maximum(place_NC - len(self.head), 0), axis=1)
+        inside = self.head[np.minimum(place_NC, len(self.head) - 1)]
+        return np.where(place_NC < len(self.head), inside, np.maximum(beyond, 0))
+
+    def values(self, scores: _Scores, place_NC: Index) -> Floats:
+        """One source's scores at places."""
+        found = np.take_along_axis(scores.value_NH, np.minimum(place_NC, len(self.head) - 1), axis=1)
+        if not self.tail_NT.shape[1]:
+            return found
+        return np.where(place_NC < len(self.head), found, scores.of(self.items(place_NC)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Of sources beside the regression, where candidates are found."""
+
+    graph: float = 0.0
+    sequence: float = 0.0
+
+
+NO_MORE = Weights()
 
 
 @dataclass(frozen=True)
@@ -158,7 +207,8 @@ class Sources:
     facts: ItemFacts
     content: ContentMap
     head: Index
-    graph_weight: float = 0.5  # of the graph beside the regression where candidates are found
+    sequence: SequenceEncoder | None = None
+    weights: Weights = NO_MORE
 
     @property
     def num_items(self) -> int:
@@ -183,14 +233,30 @@ class Sources:
         return place
 
     @cached_property
-    def _head_vectors(self) -> Floats:
-        return self.vectors.stacked(self.head).T.copy()
+    def _graph_vectors(self) -> Floats:
+        return self.vectors.stacked()
+
+    @cached_property
+    def _sequence_vectors(self) -> Floats:
+        assert self.sequence is not None
+        return self.sequence.stacked()
+
+    @cached_property
+    def _of_head(self) -> dict[str, Floats]:
+        """(D + 1, H) of either, as products want them."""
+        found = {"graph": self._graph_vectors[self.head].T.copy()}
+        return found if self.sequence is None else {**found, "sequence": self._sequence_vectors[self.head].T.copy()}
 
     @cached_property
     def index(self) -> ItemIndex | None:
         """Of the items beyond the head, if there are any."""
         tail = np.flatnonzero(self.place < 0)
-        return ItemIndex(tail, self.vectors.stacked(tail)) if len(tail) else None
+        return ItemIndex(tail, self._looked_up(tail)) if len(tail) else None
+
+    def _looked_up(self, items: Index) -> Floats:
+        """(n, 2 D + 2) the vectors of graph and sequence side by side: a query weighs them."""
+        graph = self._graph_vectors[items]
+        return graph if self.sequence is None else np.concatenate([graph, self._sequence_vectors[items]], axis=1)
 
     def extended(self, items: Sequence[str], rows: Sequence[Row], *, now_us: int) -> "Sources":
         """With items that nobody took yet. rows: what the item table says of them."""
@@ -203,11 +269,12 @@ class Sources:
             past=self.past.extended(len(items), now_us),
             regression=self.regression.extended(len(items)),
             liked=None if self.liked is None else self.liked.extended(len(items)),
+            sequence=None if self.sequence is None else self.sequence.extended(len(items)),
         )
         if self.index is not None:
             # Shared: whoever still holds the shorter sources finds no item beyond their end.
             more = np.arange(self.num_items, longer.num_items)
-            self.index.add(more, vectors.stacked(more))
+            self.index.add(more, longer._looked_up(more))
             longer.__dict__["index"] = self.index
         return longer
 
@@ -224,77 +291,94 @@ class Sources:
         Items that are not wanted come last, with a score of -inf, where there are not enough others.
         """
         taken, own = histories.matrix(self.num_items), OwnPast(histories, self.num_items)
-        asked_ND = np.column_stack([self.user_vectors(taken), np.ones(len(histories.now_us), dtype=np.float32)])
-        regression = _Scores.of(self.regression.scores(taken))
-        graph = _Scores.of(asked_ND @ self._head_vectors)
-        score = regression.z(regression.value_NH) + np.float32(self.graph_weight) * graph.z(graph.value_NH)
-        num_own = round(_OWN_CANDIDATES * num) if repeats else 0
-        own_user, own_item, own_score = _own_first(own, num_own)
-        if num_own:
-            in_head = self.place[own_item] >= 0
-            score[own_user[in_head], self.place[own_item[in_head]]] += own_score[in_head]
+        by = self._scores(histories, taken)
+        weights = {"regression": 1.0, "graph": self.weights.graph, "sequence": self.weights.sequence}
+
+        def blended(values: Callable[[_Scores], Floats]) -> Floats:
+            parts = [np.float32(weights[name]) * s.z(values(s)) for name, s in by.items() if weights.get(name)]
+            return np.asarray(np.sum(parts, axis=0), dtype=np.float32) if len(parts) > 1 else parts[0]
+
+        score = blended(lambda scores: scores.value_NH)
+        own_user, own_item, own_score = _own_first(own, round(_OWN_CANDIDATES * num) if repeats else 0)
+        in_head = self.place[own_item] >= 0
+        score[own_user[in_head], self.place[own_item[in_head]]] += own_score[in_head]
         if wanted.excluded is not None:
             user, item = wanted.excluded.nonzero()
             in_head = self.place[item] >= 0
             score[user[in_head], self.place[item[in_head]]] = -np.inf
         if wanted.allowed is not None:
             score[:, ~wanted.allowed[self.head]] = -np.inf
-        graph_NP, tail_NT = graph.value_NH, None
+        pool = _Pool(self.head, np.zeros((len(score), 0), dtype=np.int64))
         if self.index is not None:
-            tail_NT, tail_graph = self._beyond(asked_ND, own, (own_user, own_item), num, wanted)
-            tail_score = regression.z(np.zeros_like(tail_graph)) + np.float32(self.graph_weight) * graph.z(tail_graph)
-            tail_score += _own_scores(tail_NT, own_user, own_item, own_score, self.num_items)
-            score = np.concatenate([score, np.where(tail_NT < 0, -np.inf, tail_score)], axis=1)
-            graph_NP = np.concatenate([graph_NP, tail_graph], axis=1)
+            pool = _Pool(self.head, self._beyond(by, (own_user, own_item), num, wanted))
+            known = np.maximum(pool.tail_NT, 0)
+            tail = blended(lambda scores: scores.of(known))
+            tail += _own_scores(pool.tail_NT, own_user, own_item, own_score, self.num_items)
+            score = np.concatenate([score, np.where(pool.tail_NT < 0, -np.inf, tail)], axis=1)
         place = top_candidates(score, num)
-        in_head = place < len(self.head)
-        inside = np.where(in_head, place, 0)
-        item = self.head[inside]
-        if tail_NT is not None:
-            beyond = np.take_along_axis(tail_NT, np.where(in_head, 0, place - len(self.head)), axis=1)
-            item = np.where(in_head, item, np.maximum(beyond, 0))
-
-        def of_head(value_NH: Floats) -> Floats:
-            return np.where(in_head, np.take_along_axis(value_NH, inside, axis=1), np.float32(0))
-
-        found = of_head(regression.value_NH)
-        liked_z = np.zeros(item.shape, dtype=np.float32)
-        if self.liked is not None:
-            liked = self.liked.scores(histories.where(histories.liked).matrix(self.num_items))
-            liked_z = _Scores.of(liked).z(of_head(liked))
-        logits = np.take_along_axis(graph_NP, place, axis=1)
-        top_logit = graph.value_NH.max(axis=1, keepdims=True)
-        normal = top_logit + np.log(np.exp(graph.value_NH - top_logit).sum(axis=1, keepdims=True))
-        columns = (
-            found, regression.z(found), liked_z, logits - normal, graph.z(logits), self.log_popularity[item],
-            self._match(taken, item),
-            _signed_log((own.last_us[:, None] - self.past.first_us[item]) / DAY_US),
-            _signed_log((self.past.last_us[item] - own.first_us[:, None]) / DAY_US),
-            self.past.share_who_repeat[item], np.log1p(self.past.days_a_taker[item]),
-        )  # fmt: skip
+        item = pool.items(place)
+        features = self._features(by, pool, place, taken, own)
         parts = [
-            np.stack([np.asarray(c, dtype=np.float32) for c in columns], axis=-1),
+            features,
             # What was taken before cannot be taken again otherwise.
             own.features(item) if repeats else np.zeros((*item.shape, len(OWN_FEATURES)), dtype=np.float32),
             np.broadcast_to(own.user_features[:, None], (*item.shape, len(USER_FEATURES))),
             store(item.ravel()).reshape(*item.shape, -1),
         ]
-        features = np.concatenate(parts, axis=-1, dtype=np.float32)
-        return Candidates(item, np.take_along_axis(score, place, axis=1), features)
+        joined = np.concatenate(parts, axis=-1, dtype=np.float32)
+        return Candidates(item, np.take_along_axis(score, place, axis=1), joined)
 
-    def _beyond(
-        self, asked_ND: Floats, own: OwnPast, own_first: tuple[Index, Index], num: int, wanted: Wanted
-    ) -> tuple[Index, Floats]:
-        """Items beyond the head and their graph scores, both (N, T): the graph's best, and a user's own. -1: none."""
+    def _scores(self, histories: Histories, taken: sp.csr_matrix) -> dict[str, _Scores]:
+        ones = np.ones((histories.num_users, 1), dtype=np.float32)
+        graph_ND = np.concatenate([self.user_vectors(taken), ones], axis=1)
+        by = {
+            "regression": _Scores(self.regression.scores(taken)),
+            "graph": _Scores(graph_ND @ self._of_head["graph"], graph_ND, self._graph_vectors),
+        }
+        if self.sequence is not None:
+            asked = self.sequence.users(histories)
+            by["sequence"] = _Scores(asked @ self._of_head["sequence"], asked, self._sequence_vectors)
+        if self.liked is not None:
+            by["liked"] = _Scores(self.liked.scores(histories.where(histories.liked).matrix(self.num_items)))
+        return by
+
+    def _features(
+        self, by: Mapping[str, _Scores], pool: _Pool, place: Index, taken: sp.csr_matrix, own: OwnPast
+    ) -> Floats:
+        """(N, C, F) of SOURCE_FEATURES."""
+        item = pool.items(place)
+        none = np.zeros(item.shape, dtype=np.float32)
+        columns: dict[str, Floats] = {
+            "log_popularity": self.log_popularity[item],
+            "category_match": self._match(taken, item),
+            "days_after_first_taken": _signed_log((own.last_us[:, None] - self.past.first_us[item]) / DAY_US),
+            "days_before_last_taken": _signed_log((self.past.last_us[item] - own.first_us[:, None]) / DAY_US),
+            "share_who_repeat": self.past.share_who_repeat[item],
+            "days_a_taker": np.log1p(self.past.days_a_taker[item]),
+        }
+        for name, scores in by.items():
+            found = pool.values(scores, place)
+            if name == "regression":
+                columns["regression"] = found
+            if name in ("graph", "sequence"):
+                columns[f"{name}_log_softmax"] = scores.log_softmax(found)
+            columns["liked_regression_z" if name == "liked" else f"{name}_z"] = scores.z(found)
+        return np.stack([columns.get(name, none) for name in SOURCE_FEATURES], axis=-1, dtype=np.float32)
+
+    def _beyond(self, by: Mapping[str, _Scores], own_first: tuple[Index, Index], num: int, wanted: Wanted) -> Index:
+        """(N, T) items beyond the head: the best by graph and sequence, and a user's own. -1: none."""
         assert self.index is not None
-        num_users, num_items = len(asked_ND), self.num_items
+        # Beyond the head the regression says nothing, so something else has to.
+        weights = self.weights if self.weights != NO_MORE else Weights(graph=1.0)
+        query = np.concatenate([by[name].query(w) for name, w in asdict(weights).items() if name in by], axis=1)
+        num_users, num_items = len(query), self.num_items
         excluded = np.zeros(0, dtype=np.int64)
         if wanted.excluded is not None:
             user, item = wanted.excluded.nonzero()
             beyond = self.place[item] < 0
             excluded = np.sort(user[beyond].astype(np.int64) * num_items + item[beyond])
         more = int(np.bincount(excluded // num_items, minlength=1).max())
-        found, _ = self.index.search(asked_ND, min(num + more, len(self.index)), allowed=wanted.allowed)
+        found, _ = self.index.search(query, min(num + more, len(self.index)), allowed=wanted.allowed)
         found[found >= num_items] = -1
         user, item = own_first
         beyond = self.place[item] < 0
@@ -309,10 +393,7 @@ class Sources:
         found[_within(keys + found, np.sort(user * num_items + item))] = -1
         tail = np.concatenate([found, ours], axis=1)
         tail[_within(keys + tail, excluded)] = -1
-        vectors = self.vectors
-        known = np.maximum(tail, 0)
-        products = np.einsum("nd,ntd->nt", asked_ND[:, :-1], vectors.item_ID[known], optimize=True)
-        return tail, np.asarray(products * np.float32(vectors.scale) + vectors.bias_I[known], dtype=np.float32)
+        return tail
 
     def _match(self, taken: sp.csr_matrix, item_NC: Index) -> Floats:
         """(N, C) cosine of the categories of a history and those of an item."""
@@ -327,8 +408,8 @@ class Sources:
         return out
 
 
-def _signed_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.sign(values) * np.log1p(np.abs(values)))
+def _signed_log(values: NDArray[np.float64]) -> Floats:
+    return np.asarray(np.sign(values) * np.log1p(np.abs(values)), dtype=np.float32)
 
 
 def _own_first(own: OwnPast, num: int) -> tuple[Index, Index, Floats]:

@@ -82,6 +82,11 @@ def _learning_rate_scale(step: int, num_steps: int, warmup_fraction: float) -> f
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
+def fastest_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fit(
     module: nn.Module,
     *,
