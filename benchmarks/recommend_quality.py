@@ -5,8 +5,8 @@ after all before it, the 8,000 products bought most before). Everyone is tuned o
 configurations, then fitted again on train + validation with every seed; the test part is ranked once, in full.
 Intervals: 95 % of 1,000 Poisson bootstraps of users, of means over seeds, differences for the same users.
 
-    assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--whole] [--protocol P] [--only PART,PART] [--seeds 0,1,2]
-                                  [--trials N]
+    assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--whole] [--protocol P] [--only PART,PART]
+                                  [--seeds 0,1,2] [--trials N]
 
 With --new only items count that a user had not taken before; --whole is of all products, however seldom bought.
 

@@ -29,6 +29,8 @@ from assay_services.schemas import (
     EventsResponse,
     FraudRequest,
     FraudResponse,
+    ItemsRequest,
+    ItemsResponse,
     LabelsRequest,
     LabelsResponse,
     LoadedModel,
@@ -220,6 +222,14 @@ def create_app(deps: Dependencies) -> FastAPI:
             if report.late:
                 answer.late[application] = report.late
         return answer
+
+    @app.post("/v1/items", status_code=202, responses=_PROBLEMS)
+    def items(body: ItemsRequest) -> ItemsResponse:
+        """Items that training did not see: from the answer on they can be recommended, by what is said of them."""
+        if len(body.items) > service.max_batch:
+            raise DataError(f"items: {len(body.items)} in one request; at most {service.max_batch} are allowed")
+        accepted, known = deps.recommend.require().model.add_items(body.items)
+        return ItemsResponse(accepted=accepted, known=known)
 
     @app.post("/v1/labels", status_code=202, responses=_PROBLEMS)
     def labels(body: LabelsRequest) -> LabelsResponse:

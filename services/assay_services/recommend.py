@@ -16,6 +16,7 @@ from assay_platform.models.artifact import read_json
 from assay_platform.models.recommender import Ranked, Recommender
 from numpy.typing import NDArray
 
+from assay_services.new_items import NewItems, parse_items
 from assay_services.schemas import RecommendedItem, Record
 
 _NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -41,6 +42,19 @@ class ItemFeatures:
         self._newest_us = max(0, int(last_times(self._states).max(initial=0)))
         self._popularity: tuple[int, NDArray[np.float32]] | None = None
         self._row = {item: i for i, item in enumerate(items)}
+
+    @property
+    def newest_us(self) -> int:
+        """The time of the newest event known."""
+        return self._newest_us
+
+    def extend(self, items: list[str]) -> None:
+        """With more items behind those there."""
+        states = self._online.states(self._entity, items)
+        with self._lock:
+            self._row |= {item: len(self._states) + i for i, item in enumerate(items)}
+            self._states = np.concatenate([self._states, states])
+            self._popularity = None
 
     def of(self, items: NDArray[np.int64], time_us: int | None = None) -> NDArray[np.float32]:
         """(n, S) on the ranker's scale; None: as of the newest event."""
@@ -91,6 +105,9 @@ class ItemRecommender:
         self._model = model
         self.fences = model.fences
         self._features = ItemFeatures(plan, schema.item, model.items, repository)
+        self._new_items, self._read = NewItems(repository.folder / "new_items.jsonl"), 0
+        self._growing = threading.Lock()
+        self._grow()
 
     @staticmethod
     def load(folder: Path, repository: FeatureRepository) -> "ItemRecommender":
@@ -128,61 +145,60 @@ class ItemRecommender:
                 time_us = timestamp_us(context["timestamp"])
             except ValueError as error:
                 raise DataError(f"context.timestamp: {error}") from error
+        self._grow()
+        model = self._model
         recent = self._features.recent(self.schema.user, user)
-        history = self._model.history(user, recent, now_us=time_us)
+        history = model.history(user, recent, now_us=time_us)
         taken = np.unique(history.item)
-        leave_out = (not self._model.repeats) if exclude_seen is None else exclude_seen
-        excluded, allowed = self._filtered(context)
+        leave_out = (not model.repeats) if exclude_seen is None else exclude_seen
+        excluded, allowed = _filtered(model, context)
         if leave_out:
             excluded = np.union1d(taken, excluded)
         if not len(taken):
             popularity_I = self._features.popularity(time_us)
-            ranked = self._model.popular(k, excluded, allowed=allowed, popularity_I=popularity_I)
-            return self._items(ranked, _NOTHING), True
+            if popularity_I is not None:
+                popularity_I = popularity_I[: len(model.items)]
+            ranked = model.popular(k, excluded, allowed=allowed, popularity_I=popularity_I)
+            return _items(model, ranked, _NOTHING), True
 
         def store(items: NDArray[np.int64]) -> NDArray[np.float32]:
             return self._features.of(items, time_us)
 
-        ranked = self._model.recommend(history, k=k, exclude=excluded, allowed=allowed, store=store)
-        return self._items(ranked, taken), False
+        ranked = model.recommend(history, k=k, exclude=excluded, allowed=allowed, store=store)
+        return _items(model, ranked, taken), False
 
-    def _filtered(self, context: Record) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
-        """Items that the request does not want, and those, if it says so, of which alone it wants some."""
-        exclude = context.get("exclude") or []
-        if not isinstance(exclude, list):
-            raise DataError(f"context.exclude: {exclude!r} is not a list of item ids")
-        index = self._model.item_index
-        unwanted = sorted({index[str(item)] for item in exclude if str(item) in index})
-        only = context.get("only") or {}
-        if not isinstance(only, dict):
-            raise DataError(f"context.only: {only!r} is not an object of columns and values")
-        allowed = None
-        for column, values in only.items():
-            of_column = np.zeros(len(self._model.items), dtype=bool)
-            for value in values if isinstance(values, list) else [values]:
-                try:
-                    of_column |= self._model.having(column, str(value))
-                except InputError as error:
-                    raise DataError(f"context.only: {error}") from error
-            allowed = of_column if allowed is None else allowed & of_column
-        return np.array(unwanted, dtype=np.int64), allowed
+    def add_items(self, records: list[Record]) -> tuple[int, list[int]]:
+        """Items that can be recommended from now on: how many, and the places of those that were known already.
 
-    def _items(self, ranked: Ranked, taken: NDArray[np.int64]) -> list[RecommendedItem]:
-        out, known = [], set(taken.tolist())
-        for item, score in zip(ranked.items, ranked.scores, strict=True):
-            because = None if item in known else self._model.because(item, taken)
-            if item in known:
-                reason = "taken before"
-            elif because is None:
-                reason = "much in demand now"
-            else:
-                reason = f"because of {self._model.title(because)} in this user's history"
-            out.append(
-                RecommendedItem(
-                    item_id=self._model.items[item], score=score, title=self._model.title(item), reason=reason
-                )
-            )
-        return out
+        Raises:
+            DataError: a record does not fit the item table, or the schema has none.
+        """
+        if self.schema.items is None:
+            raise DataError("items: the model's schema has no [items] table, so nothing is known of an item but its id")
+        rows = parse_items(records, self.schema.items)
+        self._grow()
+        known = [i for i, row in enumerate(rows) if row[self.schema.items.id] in self._model.item_index]
+        new = [row for i, row in enumerate(rows) if i not in set(known)]
+        if new:
+            self._new_items.add(new)
+            self._grow()
+        return len(new), known
+
+    def _grow(self) -> None:
+        """Take in the items that this process or another one was told of."""
+        if self._new_items.size() == self._read or self.schema.items is None:
+            return
+        with self._growing:
+            rows, end = self._new_items.since(self._read)
+            new = {row[self.schema.items.id]: row for row in rows}
+            new = {item: row for item, row in new.items() if item not in self._model.item_index}
+            if new:
+                first, items = len(self._model.items), list(new)
+                self._features.extend(items)
+                store_NF = self._features.of(np.arange(first, first + len(items)))
+                now_us = self._features.newest_us
+                self._model = self._model.extended(items, list(new.values()), now_us=now_us, store_features_NF=store_NF)
+            self._read = end
 
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""
@@ -202,3 +218,39 @@ class ItemRecommender:
     def add(self, events: Events) -> PushReport:
         """Fold events into the online features."""
         return self._features.add(events)
+
+
+def _filtered(model: Recommender, context: Record) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+    """Items that the request does not want, and those, if it says so, of which alone it wants some."""
+    exclude = context.get("exclude") or []
+    if not isinstance(exclude, list):
+        raise DataError(f"context.exclude: {exclude!r} is not a list of item ids")
+    index = model.item_index
+    unwanted = sorted({index[str(item)] for item in exclude if str(item) in index})
+    only = context.get("only") or {}
+    if not isinstance(only, dict):
+        raise DataError(f"context.only: {only!r} is not an object of columns and values")
+    allowed = None
+    for column, values in only.items():
+        of_column = np.zeros(len(model.items), dtype=bool)
+        for value in values if isinstance(values, list) else [values]:
+            try:
+                of_column |= model.having(column, str(value))
+            except InputError as error:
+                raise DataError(f"context.only: {error}") from error
+        allowed = of_column if allowed is None else allowed & of_column
+    return np.array(unwanted, dtype=np.int64), allowed
+
+
+def _items(model: Recommender, ranked: Ranked, taken: NDArray[np.int64]) -> list[RecommendedItem]:
+    out, known = [], set(taken.tolist())
+    for item, score in zip(ranked.items, ranked.scores, strict=True):
+        because = None if item in known else model.because(item, taken)
+        if item in known:
+            reason = "taken before"
+        elif because is None:
+            reason = "much in demand now"
+        else:
+            reason = f"because of {model.title(because)} in this user's history"
+        out.append(RecommendedItem(item_id=model.items[item], score=score, title=model.title(item), reason=reason))
+    return out

@@ -124,6 +124,19 @@ class EventsResponse(BaseModel):
     late: dict[str, list[int]]
 
 
+class ItemsRequest(_Body):
+    """Items that came after training, each with the columns of the schema's item table; categories may be lists."""
+
+    items: Annotated[list[Record], Field(min_length=1)]
+
+
+class ItemsResponse(BaseModel):
+    """accepted: how many can be recommended from now on. known: places of those that could be already."""
+
+    accepted: int
+    known: list[int] = []
+
+
 class Label(_Body):
     """What became of an event. reported_at: when it was learned, epoch seconds or ISO 8601; now by default.
 

@@ -382,6 +382,30 @@ def test_a_request_may_leave_items_out_and_ask_for_some_alone(service: httpx.Cli
         assert named in refused.json()["detail"]
 
 
+def test_a_new_item_with_a_title_is_recommendable_at_once(service: httpx.Client) -> None:
+    new = [{"item_id": f"new{taste}", "title": f"Item new {taste}", "genre": [f"taste{taste}"]} for taste in range(4)]
+    body = {"items": new}
+    assert service.post("/v1/items", json=body).json() == {"accepted": 4, "known": []}
+    assert service.post("/v1/items", json=body).json() == {"accepted": 0, "known": [0, 1, 2, 3]}
+    everything = service.post("/v1/recommend", json={"user_id": "u1", "k": 1000, "exclude_seen": False}).json()["items"]
+    place = {item["item_id"]: n for n, item in enumerate(everything)}
+    assert len(everything) == 64
+    assert [place[f"new{taste}"] for taste in range(4)].index(min(place[f"new{t}"] for t in range(4))) == 1, "u1's"
+    asked = {"user_id": "u1", "context": {"only": {"genre": "taste2"}}, "k": 100}
+    found = service.post("/v1/recommend", json=asked).json()["items"]
+    assert {"new2"} == {item["item_id"] for item in found if item["item_id"].startswith("new")}
+    event = {"user_id": "somebody", "item_id": "new3", "timestamp": 1_790_000_100, "rating": 5}
+    assert service.post("/v1/events", json={"events": [event]}).json()["accepted"] == {"recommend": 1}
+    assert not service.post("/v1/recommend", json={"user_id": "somebody", "k": 5}).json()["cold_start"]
+    for bad, named in (
+        ({"item_id": "x", "colour": "red"}, "items[0].colour"), ({"title": "x"}, "items[0].item_id: is missing"),
+        ({"item_id": "x", "title": {"a": 1}}, "items[0].title"),
+    ):  # fmt: skip
+        refused = service.post("/v1/items", json={"items": [bad]})
+        assert refused.status_code == 422
+        assert named in refused.json()["detail"]
+
+
 def test_events_that_fit_no_model_are_refused_and_change_nothing(service: httpx.Client) -> None:
     response = service.post("/v1/events", json={"events": [{"colour": "red"}]})
     assert response.status_code == 422
