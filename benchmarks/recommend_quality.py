@@ -59,6 +59,7 @@ TIME = ("days_after_first_taken", "days_before_last_taken")
 LIKED = ("liked_regression_z",)
 OURS = (
     "ours",
+    "diverse",
     "without graph",
     "without sequence",
     "without regression",

@@ -68,6 +68,10 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
         listener.close()
         run_on_ray(config, host=service.host, port=port, fraud=call.fraud, recommend=call.recommend)
         return
+    # Requests run side by side in threads, and one core each beats many cores for a batch of one: libraries that start
+    # threads of their own for a small product make the slowest of a hundred lists five times slower.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
     # Threads that are done sleep instead of keeping a core busy, which the next request needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -75,7 +79,6 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
 
     from assay_services.app import create_app, make_dependencies
 
-    # Requests run side by side in threads; one core each beats many cores for a batch of one.
     torch.set_num_threads(1)
     app = create_app(make_dependencies(config, fraud=call.fraud, recommend=call.recommend))
     sys.stdout.write(f"Assay answers on http://{service.host}:{port}  docs: /docs  (Ctrl-C stops it)\n")

@@ -10,6 +10,8 @@ from assay_platform.errors import ClusterError
 from assay_platform.tasks.cluster import ray_cluster
 
 _MAX_ONGOING = 64
+# As `assay serve` does in its one process.
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def run_on_ray(config: Config, *, host: str, port: int, fraud: str | None, recommend: str | None) -> None:
@@ -32,7 +34,7 @@ def run_on_ray(config: Config, *, host: str, port: int, fraud: str | None, recom
                 "max_replicas": max(1, num_cpus - 1),
                 "target_ongoing_requests": 8,
             },
-            ray_actor_options={"num_cpus": 0.5},
+            ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": _ONE_THREAD}},
         )
         @serve.ingress(_builder(config, fraud, recommend))
         class Scoring:

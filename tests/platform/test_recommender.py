@@ -118,7 +118,7 @@ def test_one_user_gets_what_a_batch_gets(recommender: Recommender) -> None:
 def test_where_items_are_taken_again_a_users_own_are_among_the_candidates() -> None:
     histories = made_up(200)
     model = model_of(histories, repeats=True, config=RankerConfig(num_candidates=20))
-    found = model._sources.candidates(histories, 20, nothing_stored, repeats=True)
+    found = model.sources.candidates(histories, 20, nothing_stored, repeats=True)
     for user in range(NUM_USERS):
         own = set(histories.part(user, user + 1).item.tolist())
         assert own <= set(found.item[user].tolist())
@@ -131,7 +131,7 @@ def test_beyond_the_head_nothing_is_lost(num_head: int, repeats: bool) -> None:
     """The best of all items by the definition of their scores, whichever of them are looked up in the index."""
     histories = made_up(200)
     model = model_of(histories, repeats=repeats, num_head=num_head, ordered=True)
-    sources = model._sources
+    sources = model.sources
     assert sources.sequence is not None
     seen, rng = histories.matrix(NUM_ITEMS), np.random.default_rng(1)
     allowed = rng.random(NUM_ITEMS) < 0.8
@@ -172,8 +172,8 @@ def test_a_new_item_is_found_at_once(recommender: Recommender) -> None:
     assert len(recommender.items) == NUM_ITEMS, "the one that is serving stays as it is"
     assert longer.title(NUM_ITEMS) == "Item no 3"
     assert longer.having("kind", "k2")[NUM_ITEMS]
-    content = longer._sources.content.vectors(longer._sources.facts.content[NUM_ITEMS:])
-    np.testing.assert_allclose(longer._sources.vectors.stacked()[NUM_ITEMS:], content, rtol=1e-5)
+    content = longer.sources.content.vectors(longer.sources.facts.content[NUM_ITEMS:])
+    np.testing.assert_allclose(longer.sources.vectors.stacked()[NUM_ITEMS:], content, rtol=1e-5)
     only = np.zeros(NUM_ITEMS + 2, dtype=bool)
     only[NUM_ITEMS:] = True
     history = longer.history("u0")
@@ -281,13 +281,24 @@ def test_the_regression_without_time_is_ease_with_users_weighed() -> None:
     assert found.weights.diagonal().max() == 0
 
 
+def test_closeness_that_outweighs_everything_still_has_a_solution() -> None:
+    rng = np.random.default_rng(0)
+    histories = Histories.of(
+        np.repeat(np.arange(100), 10), rng.integers(0, 6, 1000), rng.integers(0, 1000, 1000), num_users=100, now_us=1000
+    )
+    found = fit_item_regression(histories, 6, RegressionConfig(penalty=0.1, closeness_s=1e6)).weights
+    assert np.isfinite(found.data).all()
+    assert found.diagonal().max() == 0
+    assert np.abs(found.data).max() < 10
+
+
 def test_scores_are_sums_of_what_each_item_adds(recommender: Recommender) -> None:
     histories = made_up(300)
-    regression = recommender._sources.regression
+    regression = recommender.sources.regression
     taken = histories.matrix(NUM_ITEMS)
     scores = regression.scores(taken)
     np.testing.assert_allclose(scores, (taken @ regression.weights).toarray(), atol=1e-5)
-    sources = recommender._sources
+    sources = recommender.sources
     graph = sources.user_vectors(taken) @ sources.vectors.item_ID.T
     for user in range(NUM_USERS):
         own = np.unique(histories.part(user, user + 1).item)
@@ -353,7 +364,7 @@ def test_a_diverse_model_saves_its_weight_and_lists_differ_more(tmp_path: Path) 
 
     def alike(model: Recommender) -> float:
         top, _ = model.rank(made_up(300), num=5)  # of eight dimensions
-        vectors = model._sources.vectors.item_ID[top]
+        vectors = model.sources.vectors.item_ID[top]
         unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
         cosine = unit @ unit.transpose(0, 2, 1)
         return float(np.abs(cosine).mean())

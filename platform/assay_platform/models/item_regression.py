@@ -123,11 +123,19 @@ def fit_item_regression(
     length = np.diff(once.start)
     # Weights of users that took the mean number of items are 1, so that the penalty means the same in every table.
     weight = np.sqrt(max(1.0, float(length[length > 0].mean())) / np.maximum(length, 1))
-    gram = (taken.T @ taken.multiply(weight[:, None])).toarray().astype(np.float32)
-    if config.closeness_s > 0:
-        gram += together(once, len(head), config.closeness_s)
-    gram[np.diag_indices_from(gram)] += config.penalty
-    inverse = _inverse(gram)
+
+    def gram(more: NDArray[np.float32] | float) -> NDArray[np.float32]:
+        found = (taken.T @ taken.multiply(weight[:, None])).toarray().astype(np.float32)
+        if config.closeness_s > 0:
+            found += together(once, len(head), config.closeness_s)
+        found[np.diag_indices_from(found)] += np.float32(config.penalty) + more
+        return np.asarray(found)
+
+    try:
+        inverse = _inverse(gram(0.0))
+    except np.linalg.LinAlgError:
+        # Closeness without that of an item to itself is not positive definite; where it outweighs the rest, with it.
+        inverse = _inverse(gram(np.asarray(taken.sum(0), dtype=np.float32).ravel()))
     weights = inverse / -np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
     kept = _strongest(weights)

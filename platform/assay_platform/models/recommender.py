@@ -132,7 +132,7 @@ class Recommender:
         self.users = tuple(users)
         self.item_index = {item: i for i, item in enumerate(items)}
         self._user_index = {user: u for u, user in enumerate(users)}
-        self.histories, self._sources = histories, sources
+        self.histories, self.sources = histories, sources
         self.store_features_IF = store_features_IF
         self.repeats = repeats
         self.use_ranker, self.diversity = use_ranker, diversity
@@ -144,14 +144,14 @@ class Recommender:
         longer = copy(self)
         longer.items = (*self.items, *items)
         longer.item_index = {item: i for i, item in enumerate(longer.items)}
-        longer._sources = self._sources.extended(items, rows, now_us=now_us)
+        longer.sources = self.sources.extended(items, rows, now_us=now_us)
         longer.store_features_IF = np.concatenate([self.store_features_IF, store_features_NF], dtype=np.float32)
         return longer
 
     @property
     def num_parameters(self) -> int:
         """Trained weights: of the regression, item vectors, biases and the ranker."""
-        sources = self._sources
+        sources = self.sources
         learned = sources.regression.weights.nnz + sources.vectors.item_ID.size + len(self.items)
         learned += 0 if sources.liked is None else sources.liked.weights.nnz
         nets = [self._ranker, *([] if sources.sequence is None else [sources.sequence])]
@@ -159,11 +159,11 @@ class Recommender:
 
     def title(self, item: int) -> str:
         """For people."""
-        return self._sources.facts.titles[item]
+        return self.sources.facts.titles[item]
 
     def having(self, column: str, value: str) -> Flags:
         """(I,) the items with all words of a value in a category; see `ItemFacts.having`."""
-        return self._sources.facts.having(column, value)
+        return self.sources.facts.having(column, value)
 
     def knows_user(self, user: str) -> bool:
         """Whether training saw this user."""
@@ -213,7 +213,7 @@ class Recommender:
         return self.store_features_IF[items]
 
     def _rank_chunk(self, histories: Histories, num: int, wanted: Wanted, store: StoreFeatures) -> tuple[Index, Floats]:
-        found = self._sources.candidates(
+        found = self.sources.candidates(
             histories, max(num, self._config.num_candidates), store, repeats=self.repeats, wanted=wanted
         )
         if not self.use_ranker:
@@ -226,7 +226,7 @@ class Recommender:
 
     def _listed(self, item_NC: Index, score_NC: Floats, num: int) -> tuple[Index, Floats]:
         if self.diversity > 0:
-            vectors = self._sources.vectors.item_ID[item_NC]
+            vectors = self.sources.vectors.item_ID[item_NC]
             unit = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
             order = diversified(score_NC, unit, weight=self.diversity, num=num)
         else:
@@ -265,7 +265,7 @@ class Recommender:
         self, k: int, exclude: Index, *, allowed: Flags | None = None, popularity_I: Floats | None = None
     ) -> Ranked:
         """The answer for somebody of whom nothing is known. popularity_I: fresher counts, if there are any."""
-        score_I = (self._sources.log_popularity if popularity_I is None else popularity_I).copy()
+        score_I = (self.sources.log_popularity if popularity_I is None else popularity_I).copy()
         score_I[exclude] = -np.inf
         if allowed is not None:
             score_I[~allowed] = -np.inf
@@ -281,7 +281,7 @@ class Recommender:
         """
         if not len(taken):
             return None
-        sources = self._sources
+        sources = self.sources
         place = int(sources.place[item])
         by_regression = [sources.regression.added(taken, place)] if place >= 0 else []
         for added in (*by_regression, sources.to_user[taken] @ sources.vectors.item_ID[item]):
@@ -292,7 +292,7 @@ class Recommender:
 
     def save(self, folder: Path, companions: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the artifact; see `artifact`."""
-        sources, held = self._sources, self.histories
+        sources, held = self.sources, self.histories
         facts = sources.facts
         vectors, regressions = sources.vectors, {"regression": sources.regression, "liked": sources.liked}
         tensors = {f"ranker.{name}": value for name, value in self._ranker.state_dict().items()}
