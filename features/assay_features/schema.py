@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from assay_platform.errors import ConfigError, SchemaError
 from assay_platform.models.decisions import Costs, DecisionSettings
+from assay_platform.models.list_rules import NO_RULES, ListRules
 from assay_platform.robustness.constraints import Constraints
 
 Protocol = Literal["temporal", "random", "leave-last-out"]
@@ -197,7 +198,10 @@ class ItemTable:
 
 @dataclass(frozen=True, kw_only=True)
 class RecommendSchema:
-    """Interactions of users with items. diversity_loss: the part of NDCG@10 that lists may lose for being diverse."""
+    """Interactions of users with items.
+
+    diversity_loss: the part of NDCG@10 that lists may lose for being diverse. rules: what every list keeps to.
+    """
 
     user: str
     item: str
@@ -206,6 +210,7 @@ class RecommendSchema:
     items: ItemTable | None = None
     split: Split = field(default_factory=Split)
     diversity_loss: float = 0.0
+    rules: ListRules = NO_RULES
 
     kind: Literal["recommend"] = "recommend"
     id: None = None
@@ -216,6 +221,19 @@ class RecommendSchema:
         _no_repeats("user, item, timestamp, weight", tuple(named))
         if not 0 <= self.diversity_loss < 1:
             raise SchemaError(f"[lists] diversity_loss = {self.diversity_loss}; allowed is 0 to below 1")
+        for name in ("new_share", "explore"):
+            if not 0 <= getattr(self.rules, name) <= 1:
+                raise SchemaError(f"[lists] {name} = {getattr(self.rules, name)}; allowed is 0 to 1")
+        if self.rules.new_days <= 0:
+            raise SchemaError(f"[lists] new_days = {self.rules.new_days}; it must be above 0")
+        categories = self.items.categorical if self.items else ()
+        for column in (*self.rules.at_most, *self.rules.never):
+            if column not in categories:
+                known = ", ".join(categories) or "none"
+                raise SchemaError(f"[lists] {column!r} is not a category of [items]; there are {known}")
+        for column, most in self.rules.at_most.items():
+            if most < 1:
+                raise SchemaError(f"[lists.at_most] {column} = {most}; it must be at least 1")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -287,8 +305,7 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     if document.get("items") is not None:
         items = ItemTable(**_typed("[items]", _table(document, "items"), _ITEMS, ("path", "id")))
     wanted = _typed("[columns]", columns, _RECOMMEND, ("user", "item", "timestamp"))
-    lists = _typed("[lists]", _table(document, "lists"), {"diversity_loss": _NUMBER})
-    return RecommendSchema(**wanted, **lists, items=items, split=split)
+    return RecommendSchema(**wanted, **_lists(_table(document, "lists")), items=items, split=split)
 
 
 def schema_to_dict(schema: Schema) -> dict[str, Any]:
@@ -314,7 +331,9 @@ def schema_to_dict(schema: Schema) -> dict[str, Any]:
         document |= {"decisions": chosen}
         del flat["constraints"]
     if isinstance(schema, RecommendSchema):
-        document |= {"lists": {"diversity_loss": flat.pop("diversity_loss")}}
+        rules = flat.pop("rules")
+        rules["never"] = {column: list(values) for column, values in rules["never"].items()}
+        document |= {"lists": {"diversity_loss": flat.pop("diversity_loss"), **rules}}
     items: Any = flat.pop("items", None)
     if items is not None:
         document["items"] = {k: list(v) if isinstance(v, tuple) else v for k, v in items.items()}
@@ -334,11 +353,25 @@ _CONSTRAINTS = {
     "bounds": _RANGES, "times": _RANGES, "values": _CHOICES,
 }  # fmt: skip
 _RECOMMEND = {"user": _STRING, "item": _STRING, "timestamp": _STRING, "weight": _STRING}
+_LISTS = {
+    "diversity_loss": _NUMBER, "new_share": _NUMBER, "new_days": _NUMBER, "explore": _NUMBER, "at_most": _COSTS,
+    "never": _CHOICES,
+}  # fmt: skip
 _ITEMS = {"path": _STRING, "id": _STRING, "text": _STRINGS, "categorical": _STRINGS}
 _SPLIT = {
     "train": _NUMBER, "validation": _NUMBER, "protocol": _STRING, "repeats": _FLAG, "validation_from": _STRING,
     "test_from": _STRING, "max_items": _NUMBER,
 }  # fmt: skip
+
+
+def _lists(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a RecommendSchema."""
+    given = _typed("[lists]", table, _LISTS)
+    rules: dict[str, Any] = {name: given.pop(name) for name in list(given) if name != "diversity_loss"}
+    if "at_most" in rules:
+        counts = _typed("[lists.at_most]", rules["at_most"], dict.fromkeys(rules["at_most"], _NUMBER))
+        rules["at_most"] = {column: int(most) for column, most in counts.items()}
+    return {**given, "rules": ListRules(**rules)}
 
 
 def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -182,11 +182,13 @@ def create_app(deps: Dependencies) -> FastAPI:
     def recommend(body: RecommendRequest) -> RecommendResponse:
         """The best items for a user; a popular list for somebody of whom nothing is known."""
         loaded = deps.recommend.require()
+        model = ModelRef(name=loaded.name, version=loaded.version)
         items, cold = loaded.model.recommend(
             body.user_id, k=body.k, exclude_seen=body.exclude_seen, context=body.context
         )
         deps.metrics.recommendations.labels(str(cold).lower()).inc()
-        return RecommendResponse(model=ModelRef(name=loaded.name, version=loaded.version), items=items, cold_start=cold)
+        list_id = loaded.model.keep_list(model, body.user_id, items)
+        return RecommendResponse(model=model, items=items, cold_start=cold, list_id=list_id)
 
     @app.post("/v1/events", status_code=202, responses=_PROBLEMS)
     def events(body: EventsRequest) -> EventsResponse:

@@ -1,4 +1,4 @@
-"""Items that came after training: a file that all processes of a model name share."""
+"""Items that came after training, and files of lines that all processes of a model name share."""
 
 import json
 import os
@@ -44,31 +44,35 @@ def parse_items(records: Sequence[Mapping[str, Any]], table: ItemTable) -> list[
     return rows
 
 
-class NewItems:
-    """JSON lines, appended whole and never changed, so that whoever reads sees complete items only."""
+class SharedLines:
+    """JSON lines, appended whole and never changed, so that whoever reads sees complete ones only.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    sync: each is on disk when `add` returns; else when the system writes it.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = True) -> None:
+        self._path, self._sync = path, sync
 
     def size(self) -> int:
-        """Bytes; 0 before the first item."""
+        """Bytes; 0 before the first line."""
         try:
             return self._path.stat().st_size
         except FileNotFoundError:
             return 0
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """On disk when it returns."""
-        text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One line each."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, text.encode())
-            os.fsync(file)
+            if self._sync:
+                os.fsync(file)
         finally:
             os.close(file)
 
-    def since(self, offset: int) -> tuple[list[Row], int]:
-        """Rows from a byte on, and where to go on."""
+    def since(self, offset: int) -> tuple[list[Any], int]:
+        """Lines from a byte on, and where to go on."""
         if self.size() <= offset:
             return [], offset
         with self._path.open("rb") as file:

@@ -1,6 +1,8 @@
 """Recommendation: history and fresh item features → candidates → ranking → titles and reasons."""
 
 import threading
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,8 @@ from assay_platform.models.artifact import read_json
 from assay_platform.models.recommender import Ranked, Recommender
 from numpy.typing import NDArray
 
-from assay_services.new_items import NewItems, parse_items
-from assay_services.schemas import RecommendedItem, Record
+from assay_services.new_items import SharedLines, parse_items
+from assay_services.schemas import ModelRef, RecommendedItem, Record
 
 _NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
@@ -105,7 +107,8 @@ class ItemRecommender:
         self._model = model
         self.fences = model.fences
         self._features = ItemFeatures(plan, schema.item, model.items, repository)
-        self._new_items, self._read = NewItems(repository.folder / "new_items.jsonl"), 0
+        self._new_items, self._read = SharedLines(repository.folder / "new_items.jsonl"), 0
+        self._lists = SharedLines(repository.folder / "lists.jsonl", sync=False)
         self._growing = threading.Lock()
         self._grow()
 
@@ -158,14 +161,25 @@ class ItemRecommender:
             popularity_I = self._features.popularity(time_us)
             if popularity_I is not None:
                 popularity_I = popularity_I[: len(model.items)]
-            ranked = model.popular(k, excluded, allowed=allowed, popularity_I=popularity_I)
+            ranked = model.popular(k, excluded, allowed=allowed, popularity_I=popularity_I, rules=self.schema.rules)
             return _items(model, ranked, _NOTHING), True
 
         def store(items: NDArray[np.int64]) -> NDArray[np.float32]:
             return self._features.of(items, time_us)
 
-        ranked = model.recommend(history, k=k, exclude=excluded, allowed=allowed, store=store)
+        ranked = model.recommend(history, k=k, exclude=excluded, allowed=allowed, store=store, rules=self.schema.rules)
         return _items(model, ranked, taken), False
+
+    def keep_list(self, shown_by: ModelRef, user_id: str | int, items: list[RecommendedItem]) -> str | None:
+        """Put a list on record with its propensities, where rules leave something to chance; its id."""
+        if not self.schema.rules.explore:
+            return None
+        record = {
+            "list_id": uuid.uuid4().hex, "time": time.time(), "user": str(user_id), "model": shown_by.model_dump(),
+            "items": [item.item_id for item in items], "propensity": [item.propensity for item in items],
+        }  # fmt: skip
+        self._lists.add([record])
+        return str(record["list_id"])
 
     def add_items(self, records: list[Record]) -> tuple[int, list[int]]:
         """Items that can be recommended from now on: how many, and the places of those that were known already.
@@ -244,7 +258,7 @@ def _filtered(model: Recommender, context: Record) -> tuple[NDArray[np.int64], N
 
 def _items(model: Recommender, ranked: Ranked, taken: NDArray[np.int64]) -> list[RecommendedItem]:
     out, known = [], set(taken.tolist())
-    for item, score in zip(ranked.items, ranked.scores, strict=True):
+    for item, score, propensity in zip(*ranked, strict=True):
         because = None if item in known else model.because(item, taken)
         if item in known:
             reason = "taken before"
@@ -252,5 +266,9 @@ def _items(model: Recommender, ranked: Ranked, taken: NDArray[np.int64]) -> list
             reason = "much in demand now"
         else:
             reason = f"because of {model.title(because)} in this user's history"
-        out.append(RecommendedItem(item_id=model.items[item], score=score, title=model.title(item), reason=reason))
+        out.append(
+            RecommendedItem(
+                item_id=model.items[item], score=score, title=model.title(item), reason=reason, propensity=propensity
+            )
+        )
     return out

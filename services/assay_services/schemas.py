@@ -90,20 +90,24 @@ class RecommendRequest(_Body):
 
 
 class RecommendedItem(BaseModel):
-    """One item; scores order a list and mean nothing between lists."""
+    """One item; scores order a list and mean nothing between lists. propensity: how likely it was to be there."""
 
     item_id: str
     score: float
     title: str
     reason: str
+    propensity: float = 1.0
 
 
 class RecommendResponse(BaseModel):
-    """Best item first. cold_start: nothing was known of the user."""
+    """Best item first. cold_start: nothing was known of the user. list_id: under which the list is on record, where the
+    model's schema lets chance choose now and then.
+    """
 
     model: ModelRef
     items: list[RecommendedItem]
     cold_start: bool
+    list_id: str | None = None
 
 
 class EventsRequest(_Body):

@@ -11,8 +11,12 @@ MOMENTS = {"validation_from": "2017-11-01", "test_from": "2017-12-01T06:00:00+01
 RECOMMEND = {"kind": "recommend", "columns": {"user": "u", "item": "i", "timestamp": "t"}}
 
 
+ITEMS = {"path": "i.csv", "id": "i", "categorical": ["kind"]}
+RULES = {"diversity_loss": 0.01, "new_share": 0.1, "explore": 0.05, "at_most": {"kind": 3}, "never": {"kind": ["x"]}}
+
+
 @pytest.mark.parametrize(
-    "document", [FRAUD, RECOMMEND, {**RECOMMEND, "split": MOMENTS, "lists": {"diversity_loss": 0.01}}]
+    "document", [FRAUD, RECOMMEND, {**RECOMMEND, "split": {**MOMENTS, "max_items": 10}, "items": ITEMS, "lists": RULES}]
 )
 def test_a_schema_survives_the_artifact(document: dict[str, object]) -> None:
     schema = schema_from_dict(document)
@@ -67,6 +71,14 @@ def changed(**columns: object) -> dict[str, object]:
         ({**RECOMMEND, "split": {**MOMENTS, "test_from": "2017-01-01"}}, "not before test_from"),
         ({**RECOMMEND, "split": {**MOMENTS, "protocol": "random"}}, "need protocol 'temporal'"),
         ({**RECOMMEND, "lists": {"diversity_loss": 1.5}}, "diversity_loss = 1.5"),
+        ({**RECOMMEND, "lists": {"explore": 2}}, "explore = 2"),
+        ({**RECOMMEND, "lists": {"new_days": 0}}, "new_days = 0"),
+        ({**RECOMMEND, "lists": {"at_most": {"kind": 3}}}, "'kind' is not a category of .items.; there are none"),
+        ({**RECOMMEND, "items": ITEMS, "lists": {"at_most": {"kind": 0}}}, "kind = 0"),
+        ({**RECOMMEND, "items": ITEMS, "lists": {"at_most": {"kind": "few"}}}, "expected a number"),
+        ({**RECOMMEND, "items": ITEMS, "lists": {"never": {"kind": "x"}}}, "never"),
+        ({**RECOMMEND, "split": {"max_items": 0.5}}, "max_items = 0.5"),
+        ({**FRAUD, "split": {"max_items": 10}}, "max_items belongs to kind = 'recommend'"),
         ({**FRAUD, "lists": {}}, "belongs to kind = 'recommend'"),
         ({**FRAUD, "split": MOMENTS}, "belong to kind = 'recommend'"),
         ({**RECOMMEND, "columns": {"user": "u", "item": "u", "timestamp": "t"}}, "more than once"),

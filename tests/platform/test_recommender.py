@@ -10,6 +10,7 @@ from assay_platform.errors import ArtifactError
 from assay_platform.models.content import ItemFacts, fit_content_map
 from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, Histories, OwnPast
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression, together
+from assay_platform.models.list_rules import ListRules
 from assay_platform.models.lists import diversified
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
@@ -370,3 +371,61 @@ def test_a_diverse_model_saves_its_weight_and_lists_differ_more(tmp_path: Path) 
         return float(np.abs(cosine).mean())
 
     assert alike(diverse) < 0.8 * alike(plain)
+
+
+NO_ITEMS = np.zeros(0, dtype=np.int64)
+
+
+def kinds(model: Recommender, items: list[int]) -> list[str]:
+    facts = model.sources.facts
+    return [word for item in items for word in np.array(facts.words)[facts.has[item].indices] if word[:4] == "kind"]
+
+
+def test_rules_hold_in_every_list(recommender: Recommender) -> None:
+    rules = ListRules(at_most={"kind": 2}, never={"kind": ("k3", "never heard of")})
+    for user in range(NUM_USERS):
+        history = recommender.history(f"u{user}")
+        plain = recommender.recommend(history, k=50, exclude=NO_ITEMS)
+        ruled = recommender.recommend(history, k=7, exclude=NO_ITEMS, rules=rules)
+        counts = {kind: kinds(recommender, ruled.items).count(kind) for kind in ("kind:k0", "kind:k1", "kind:k3")}
+        assert len(ruled.items) == 7
+        assert max(counts.values()) <= 2
+        assert counts["kind:k3"] == 0
+        place = [plain.items.index(item) for item in ruled.items]
+        assert place == sorted(place), "in the order of the scores"
+    assert len(recommender.recommend(history, k=20, exclude=NO_ITEMS, rules=rules).items) == 8, "four kinds, two each"
+
+
+def test_new_items_have_their_share_of_every_list() -> None:
+    model = model_of(made_up(300), repeats=False)
+    rows = [{"title": f"Item no {i}", "kind": f"k{i}"} for i in range(4)]
+    none = np.zeros((4, 0), dtype=np.float32)
+    longer = model.extended([f"new{i}" for i in range(4)], rows, now_us=END_US, store_features_NF=none)
+    longer.sources.vectors.bias_I[NUM_ITEMS:] = -100.0  # nobody would see them
+    for user in range(NUM_USERS):
+        history = longer.history(f"u{user}")
+        plain = longer.recommend(history, k=10, exclude=NO_ITEMS)
+        assert max(plain.items) < NUM_ITEMS
+        for share, most, least in ((0.2, {}, 2), (0.35, {"kind": 3}, 3), (0.05, {}, 0)):
+            rules = ListRules(new_share=share, new_days=0.001, at_most=most)
+            found = longer.recommend(history, k=10, exclude=NO_ITEMS, rules=rules).items
+            assert len(found) == 10
+            assert sum(item >= NUM_ITEMS for item in found) == least
+            if not most:
+                assert found[: 10 - least] == plain.items[: 10 - least]
+
+
+def test_chance_has_the_last_place_as_often_as_it_says(recommender: Recommender) -> None:
+    history, rules = recommender.history("u0"), ListRules(explore=0.3)
+    chance = np.random.default_rng(0)
+    plain = recommender.recommend(history, k=5, exclude=NO_ITEMS)
+    lists = [
+        recommender.recommend(history, k=5, exclude=NO_ITEMS, rules=rules, chance=chance.random) for _ in range(1500)
+    ]
+    assert all(shown.items[:4] == plain.items[:4] and shown.propensity[:4] == [1.0] * 4 for shown in lists)
+    last = np.array([shown.items[4] for shown in lists])
+    propensity = {shown.items[4]: shown.propensity[4] for shown in lists}
+    assert sum(propensity.values()) == pytest.approx(1.0, abs=0.1), "all that can be shown were"
+    assert (last == plain.items[4]).mean() == pytest.approx(propensity[plain.items[4]], abs=0.04)
+    assert propensity[plain.items[4]] > 0.7
+    assert np.unique(last).size > 30

@@ -105,6 +105,10 @@ class ItemFacts:
             chosen &= with_it
         return chosen
 
+    def knows(self, column: str, value: str) -> bool:
+        """Whether any item has all words of a value."""
+        return all(f"{column}:{part}" in self._place for part in _OF_CATEGORIES.split(value) if part)
+
     @cached_property
     def _place(self) -> dict[str, int]:
         return {word: place for place, word in enumerate(self.words)}

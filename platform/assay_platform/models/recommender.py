@@ -7,7 +7,8 @@ library: a user's vector is a sum over its history.
 
 # N users, I items, D width of a vector, C candidates, F features of a (user, item) pair
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from assay_platform.errors import ArtifactError
 from assay_platform.models.artifact import load_artifact, load_weights, save_artifact
 from assay_platform.models.content import ContentMap, ItemFacts, Row
-from assay_platform.models.histories import Flags, Floats, Histories, Index
+from assay_platform.models.histories import DAY_US, Flags, Floats, Histories, Index
 from assay_platform.models.item_regression import ItemRegression
-from assay_platform.models.lists import diversified
+from assay_platform.models.list_rules import NO_RULES, ListRules
+from assay_platform.models.lists import Limits, banned, diversified, explored
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
 from assay_platform.models.sources import (
     ALL_ITEMS,
@@ -40,6 +42,7 @@ from assay_platform.moe import Backbone, BackboneConfig
 
 _FAR = 5.0  # standard deviations beyond which a feature says nothing more
 _RANKING_CHUNK = 256
+_EXPLORED = 50  # candidates that chance may give a place
 _RANKER_BACKBONE = BackboneConfig(width=64, hidden=64, num_blocks=1, num_experts=4, top_k=2, dropout=0.2)
 
 
@@ -99,10 +102,17 @@ class PairRanker(nn.Module):
 
 
 class Ranked(NamedTuple):
-    """Items of one user, best first."""
+    """Items of one user, best first. propensity: how likely each had its place."""
 
     items: list[int]
     scores: list[float]
+    propensity: list[float]
+
+    @staticmethod
+    def of(items: Index, scores: Floats, last: float = 1.0) -> "Ranked":
+        """last: how likely the last one had its place; the others were certain."""
+        propensity = [1.0] * max(0, len(items) - 1) + [last] * min(1, len(items))
+        return Ranked(items.tolist(), [float(score) for score in scores], propensity)
 
 
 class Recommender:
@@ -241,37 +251,99 @@ class Recommender:
         exclude: Index,
         allowed: Flags | None = None,
         store: StoreFeatures | None = None,
+        rules: ListRules = NO_RULES,
+        chance: Callable[[], float] = random.random,
     ) -> Ranked:
-        """Best k items for one history, without the excluded ones. allowed (I,): by default all."""
+        """Best k items for one history, without the excluded ones. allowed (I,): by default all.
+
+        chance: where rules leave something to it.
+        """
+
+        def best(num: int, allowed: Flags | None) -> tuple[Index, Floats]:
+            at = (np.zeros(len(exclude), dtype=np.int64), exclude)
+            excluded = sp.csr_matrix((np.ones(len(exclude), dtype=np.float32), at), (1, len(self.items)))
+            found = self.rank(history, num=min(num, len(self.items)), wanted=Wanted(excluded, allowed), store=store)
+            return found[0][0], found[1][0]
+
+        return self._listed_by(rules, best, k, allowed, now_us=int(history.now_us[0]), chance=chance)
+
+    def popular(
+        self,
+        k: int,
+        exclude: Index,
+        *,
+        allowed: Flags | None = None,
+        popularity_I: Floats | None = None,
+        rules: ListRules = NO_RULES,
+        chance: Callable[[], float] = random.random,
+    ) -> Ranked:
+        """The answer for somebody of whom nothing is known. popularity_I: fresher counts, if there are any."""
+        score_I = (self.sources.log_popularity if popularity_I is None else popularity_I).copy()
+        score_I[exclude] = -np.inf
+
+        def best(num: int, allowed: Flags | None) -> tuple[Index, Floats]:
+            there_I = score_I if allowed is None else np.where(allowed, score_I, np.float32(-np.inf))
+            items = top_candidates(there_I[None], num)[0]
+            return items, there_I[items]
+
+        now_us = int(self.histories.now_us.max(initial=0))
+        return self._listed_by(rules, best, k, allowed, now_us=now_us, chance=chance)
+
+    def _listed_by(
+        self,
+        rules: ListRules,
+        ranked: Callable[[int, Flags | None], tuple[Index, Floats]],
+        k: int,
+        allowed: Flags | None,
+        *,
+        now_us: int,
+        chance: Callable[[], float],
+    ) -> Ranked:
+        """A list that keeps to the rules. ranked: the best so many of what is allowed, -inf for what is not there."""
         if k <= 0 or not self.items:
-            return Ranked([], [])
-        at = (np.zeros(len(exclude), dtype=np.int64), exclude)
-        excluded = sp.csr_matrix((np.ones(len(exclude), dtype=np.float32), at), (1, len(self.items)))
-        wanted = Wanted(excluded, allowed)
-        top, score = self.rank(history, num=min(k, len(self.items)), wanted=wanted, store=store)
-        there = ~np.isneginf(score[0])
-        return Ranked(top[0, there].tolist(), [float(v) for v in score[0, there]])
+            return Ranked([], [], [])
+        if rules.never:
+            held = ~banned(self.sources.facts, rules.never)
+            allowed = held if allowed is None else allowed & held
+
+        def best(num: int, allowed: Flags | None) -> tuple[Index, Floats]:
+            items, scores = ranked(num, allowed)
+            there = ~np.isneginf(scores)
+            return items[there], scores[there]
+
+        if not rules:
+            return Ranked.of(*best(k, allowed))
+        items, scores = best(max(k + _EXPLORED, self._config.num_candidates), allowed)
+        limits = Limits(self.sources.facts, rules.at_most)
+        places, last = limits.take(items, k), 1.0
+        is_new = self.sources.past.first_us > now_us - rules.new_days * DAY_US
+        need = rules.num_new(k)
+        if int(is_new[items[places]].sum()) < need:
+            # The best new ones there are, then the best of all others.
+            new, new_scores = best(need + _EXPLORED, is_new if allowed is None else is_new & allowed)
+            limits = Limits(self.sources.facts, rules.at_most)
+            kept = limits.take(new, need)
+            others = np.flatnonzero(~np.isin(items, new[kept]))
+            others = others[limits.take(items[others], k - len(kept))]
+            items, scores = np.r_[items[others], new[kept]], np.r_[scores[others], new_scores[kept]]
+            places = np.argsort(-scores, kind="stable").tolist()
+        elif rules.explore and len(places) == k:
+            limits = Limits(self.sources.facts, rules.at_most)
+            places = limits.take(items, k - 1)
+            pool = [p for p in range(len(items)) if p not in places and limits.fits(int(items[p]))][:_EXPLORED]
+            drawn, last = explored(len(pool), rules.explore, chance)
+            places.append(pool[drawn])
+        return Ranked.of(items[places], scores[places], last)
 
     def recommend_known(self, user: str, *, k: int) -> list[tuple[str, float]]:
         """Item ids and scores from the training history alone; popular items for an unknown user."""
         history = self.history(user)
         seen = np.unique(history.item)
         if not len(seen):
-            return [(self.items[i], float(s)) for i, s in zip(*self.popular(k, seen), strict=True)]
+            ranked = self.popular(k, seen)
+            return [(self.items[i], s) for i, s in zip(ranked.items, ranked.scores, strict=True)]
         ranked = self.recommend(history, k=k, exclude=seen[:0] if self.repeats else seen)
         return [(self.items[i], s) for i, s in zip(ranked.items, ranked.scores, strict=True)]
-
-    def popular(
-        self, k: int, exclude: Index, *, allowed: Flags | None = None, popularity_I: Floats | None = None
-    ) -> Ranked:
-        """The answer for somebody of whom nothing is known. popularity_I: fresher counts, if there are any."""
-        score_I = (self.sources.log_popularity if popularity_I is None else popularity_I).copy()
-        score_I[exclude] = -np.inf
-        if allowed is not None:
-            score_I[~allowed] = -np.inf
-        best = top_candidates(score_I[None], max(1, k))[0][:k]
-        best = best[~np.isneginf(score_I[best])]
-        return Ranked(best.tolist(), [float(v) for v in score_I[best]])
 
     def because(self, item: int, taken: Index) -> int | None:
         """The item of those taken that adds most to this item's score: to the regression's, or to the graph's where the
