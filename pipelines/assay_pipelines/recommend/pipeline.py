@@ -184,9 +184,9 @@ class Prepared:
 
     def _holdout(self, seen: Rows, labels: Rows) -> Holdout:
         histories = self.histories(seen, self._asked_at(labels))
-        return Holdout(
-            histories, self._wanted(labels, histories.matrix(len(self.items))), self.item_features(seen, histories)
-        )
+        wanted = self._wanted(labels, histories.matrix(len(self.items)))
+        of_nothing = self.item_features(seen[:0], histories)
+        return Holdout(histories, wanted, self.item_features(seen, histories), of_nothing[0])
 
     def item_features(self, rows: Rows, histories: Histories) -> Floats:
         """(I, S) of some interactions, at the newest moment that the histories ask about."""

@@ -42,6 +42,7 @@ _MASKED_OUT = -1e9
 _LISTS_A_CHUNK = 256
 # What a ranker learns from: at most so many lists, and beside them a part again that knows so few events of a user.
 _MOST_LISTS, _SHORTENED, _SHORTEST = 20_000, 0.1, 5
+_HIDDEN = 0.2  # of the items, in lists of what nobody has taken yet
 # What the regression's search tries; seconds from a quick succession of ratings to a day's shopping.
 _PENALTIES = (250.0, 500.0, 1000.0)
 _CLOSENESS_S = (0.0, 3600.0, 86_400.0)
@@ -315,12 +316,13 @@ def fit_sources(histories: Histories, recipe: Recipe, *, seed: int, sequence: Se
 class Holdout(NamedTuple):
     """One way to divide interactions: what sources see, and what is to be predicted of the same users.
 
-    store_IF: item features of the store at the histories' moment.
+    store_IF: item features of the store at the histories' moment; new_S: those of an item without events.
     """
 
     seen: Histories
     wanted: sp.csr_matrix
     store_IF: Floats
+    new_S: Floats
 
     def store(self, items: Index) -> Floats:
         """(n, S) of some items."""
@@ -406,7 +408,35 @@ def _lists(
             few = seen.of_users(again).latest(generator.integers(1, _SHORTEST + 1, len(again)))
             excluded = Wanted(None if new.excluded is None else new.excluded[again])
             lists.append(_list_of(sources, few, wanted[again], excluded, holdout, config, recipe))
+    lists += _lists_of_new(sources, holdout, config, recipe, users, generator)
     return [part for part in lists if len(part.wanted_UC)]
+
+
+def _lists_of_new(
+    sources: Sources,
+    holdout: Holdout,
+    config: RankerConfig,
+    recipe: Recipe,
+    users: Index,
+    generator: np.random.Generator,
+) -> list[Lists]:
+    """Lists of some items alone, as if nobody had taken them: what orders new ones is learned from these."""
+    hidden = generator.random(sources.num_items) < _HIDDEN
+    wanted = sp.csr_matrix(holdout.wanted @ sp.diags(hidden.astype(np.float32)))
+    wanted.eliminate_zeros()
+    users = users[np.diff(wanted.indptr)[users] > 0]
+    users = users[generator.random(len(users)) < _SHORTENED]
+    if not len(users):
+        return []
+    sources = sources.as_if_new(hidden)
+    unknown = holdout._replace(store_IF=np.where(hidden[:, None], holdout.new_S, holdout.store_IF))
+    lists = []
+    for first in range(0, len(users), _LISTS_A_CHUNK):
+        chosen = users[first : first + _LISTS_A_CHUNK]
+        seen = holdout.seen.of_users(chosen)
+        seen = seen.where(~hidden[seen.item])
+        lists.append(_list_of(sources, seen, wanted[chosen], Wanted(allowed=hidden), unknown, config, recipe))
+    return lists
 
 
 def _list_of(

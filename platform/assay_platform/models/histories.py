@@ -157,6 +157,11 @@ class OwnPast:
         """(P,) of the pairs: days on which the item was taken, old ones for less."""
         return np.asarray(self._decayed[half_life], dtype=np.float32)
 
+    def decayed_matrix(self, half_life: int) -> sp.csr_matrix:
+        """(N, I) of `decayed`."""
+        shape = (self.num_users, self._num_items)
+        return sp.csr_matrix((self.decayed(half_life), (self.user, self.item)), shape)
+
     def features(self, candidates_NC: Index) -> Floats:
         """(N, C, F) of OWN_FEATURES."""
         users = np.arange(self.num_users)[:, None]

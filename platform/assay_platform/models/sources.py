@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from assay_platform.models.content import ContentMap, ItemFacts, Row
+from assay_platform.models.content import ContentMap, ItemFacts, Row, fit_content_map
 from assay_platform.models.histories import (
     DAY_US,
     OWN_FEATURES,
@@ -34,10 +34,11 @@ from assay_platform.models.sequence import SequenceEncoder
 # What sources and the item table say of a pair; features of the store are appended to PAIR_FEATURES.
 SOURCE_FEATURES = (
     "regression", "regression_z", "liked_regression_z", "graph_log_softmax", "graph_z", "sequence_log_softmax",
-    "sequence_z", "log_popularity", "category_match", "days_after_first_taken", "days_before_last_taken",
-    "share_who_repeat", "days_a_taker",
+    "sequence_z", "log_popularity", "category_match", "content_match", "days_after_first_taken",
+    "days_before_last_taken", "share_who_repeat", "days_a_taker",
 )  # fmt: skip
 PAIR_FEATURES = (*SOURCE_FEATURES, *OWN_FEATURES, *USER_FEATURES)
+_TASTE = 2  # of HALF_LIVES_D: how fast words of what was taken count less
 _OWN_CANDIDATES = 0.75  # the most of the candidates that may come from a user's own past
 
 # Item features of the store, on the ranker's scale: (n,) items → (n, S).
@@ -99,6 +100,11 @@ class ItemPast(NamedTuple):
         none, now = np.zeros(num, dtype=np.float32), np.full(num, now_us, dtype=np.int64)
         floats = (np.concatenate([held, none]) for held in (self.takers, self.share_who_repeat, self.days_a_taker))
         return ItemPast(*floats, *(np.concatenate([held, now]) for held in (self.first_us, self.last_us)))
+
+    def without(self, items: Flags, now_us: int) -> "ItemPast":
+        """As if nobody had taken some items (I,)."""
+        floats = (np.where(items, np.float32(0), h) for h in (self.takers, self.share_who_repeat, self.days_a_taker))
+        return ItemPast(*floats, *(np.where(items, now_us, held) for held in (self.first_us, self.last_us)))
 
     def head(self, num: int) -> Index:
         """(H,) the items taken by most, at most so many; ascending."""
@@ -278,6 +284,21 @@ class Sources:
             longer.__dict__["index"] = self.index
         return longer
 
+    def as_if_new(self, items: Flags) -> "Sources":
+        """What would be known if nobody had taken some items (I,): a ranker learns from it how to order new ones."""
+        past, weight = self.past, np.where(items, 0.0, np.log1p(self.past.takers)).astype(np.float32)
+        content = fit_content_map(self.facts, self._graph_vectors, weight)
+        now = max(int(past.last_us.max(initial=0)), int(past.first_us.max(initial=0)))
+        kept = sp.diags((~items[self.head]).astype(np.float32))
+        return replace(
+            self,
+            vectors=self.vectors.where(items, content.vectors(self.facts.content)),
+            past=past.without(items, now),
+            regression=ItemRegression(sp.csr_matrix(self.regression.weights @ kept)),
+            liked=None if self.liked is None else ItemRegression(sp.csr_matrix(self.liked.weights @ kept)),
+            content=content,
+        )
+
     def user_vectors(self, taken: sp.csr_matrix) -> Floats:
         """(N, D): the degree-normalised sum over each history; zeros for an empty one."""
         length = np.maximum(np.diff(taken.indptr), 1.0)[:, None]
@@ -350,7 +371,8 @@ class Sources:
         none = np.zeros(item.shape, dtype=np.float32)
         columns: dict[str, Floats] = {
             "log_popularity": self.log_popularity[item],
-            "category_match": self._match(taken, item),
+            "category_match": _match(taken, self.facts.categories, item),
+            "content_match": _match(own.decayed_matrix(_TASTE), self.facts.content, item),
             "days_after_first_taken": _signed_log((own.last_us[:, None] - self.past.first_us[item]) / DAY_US),
             "days_before_last_taken": _signed_log((self.past.last_us[item] - own.first_us[:, None]) / DAY_US),
             "share_who_repeat": self.past.share_who_repeat[item],
@@ -395,17 +417,17 @@ class Sources:
         tail[_within(keys + tail, excluded)] = -1
         return tail
 
-    def _match(self, taken: sp.csr_matrix, item_NC: Index) -> Floats:
-        """(N, C) cosine of the categories of a history and those of an item."""
-        from assay_platform.kernels.sparse_numba import chosen_products
 
-        categories = self.facts.categories
-        out = np.zeros(item_NC.shape, dtype=np.float32)
-        if categories.shape[1]:
-            profile = (taken @ categories).toarray()
-            profile /= np.maximum(np.linalg.norm(profile, axis=1, keepdims=True), 1e-6)
-            chosen_products(profile, categories.indptr, categories.indices, categories.data, item_NC, out)
-        return out
+def _match(taken: sp.csr_matrix, words: sp.csr_matrix, item_NC: Index) -> Floats:
+    """(N, C) cosine of the words of a history, weighed as its items (N, I) are, and those of an item (I, G)."""
+    from assay_platform.kernels.sparse_numba import chosen_products
+
+    out = np.zeros(item_NC.shape, dtype=np.float32)
+    if words.shape[1]:
+        profile = (taken @ words).toarray()
+        profile /= np.maximum(np.linalg.norm(profile, axis=1, keepdims=True), 1e-6)
+        chosen_products(profile, words.indptr, words.indices, words.data, item_NC, out)
+    return out
 
 
 def _signed_log(values: NDArray[np.float64]) -> Floats:
