@@ -6,18 +6,22 @@ configurations, then fitted again on train + validation with every seed; the tes
 Intervals: 95 % of 1,000 Poisson bootstraps of users, of means over seeds, differences for the same users.
 
     assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--whole] [--protocol P] [--only PART,PART]
-                                  [--seeds 0,1,2] [--trials N]
+                                  [--seeds 0,1,2] [--trials N] [--recbole PYTHON]
 
 With --new only items count that a user had not taken before; --whole is of all products, however seldom bought.
 
 Parts: ours; diverse (as diverse as costs 1 % of NDCG@10 on validation); without graph, without sequence, without
 regression, without closeness (time between what is taken), without liked (ratings), linear (no MoE), dense (all
 experts for every pair), sources (no ranker); ials, bpr. EASE, popularity and own frequency are always there. iALS and
-BPR are those of the optional package implicit.
+BPR are those of the optional package implicit; lightgcn and sasrec of RecBole, in an environment of its own, whose
+interpreter --recbole names.
 """
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from copy import copy
@@ -70,6 +74,7 @@ OURS = (
     "sources",
 )
 PEERS = ("ials", "bpr")
+RECBOLE = {"lightgcn": "LightGCN", "sasrec": "SASRec"}
 Lists = NDArray[np.int64]
 
 
@@ -201,6 +206,56 @@ def peer(name: str, prepared: Prepared, seeds: list[int], trials: int) -> Outcom
     return Outcome(tops, seconds)
 
 
+def recbole_params(name: str, generator: np.random.Generator, most_epochs: int) -> dict[str, Any]:
+    """One configuration of a model of RecBole."""
+
+    def log(low: float, high: float) -> float:
+        return float(np.exp(generator.uniform(np.log(low), np.log(high))))
+
+    width = int(generator.choice([64, 128]))
+    if name == "lightgcn":
+        return {"embedding_size": width, "n_layers": int(generator.integers(1, 5)), "learning_rate": log(5e-4, 5e-3),
+                "reg_weight": log(1e-6, 1e-2), "train_batch_size": int(generator.choice([2048, 4096])),
+                "epochs": most_epochs}  # fmt: skip
+    return {"hidden_size": width, "inner_size": 4 * width, "n_layers": int(generator.integers(1, 4)),
+            "n_heads": int(generator.integers(1, 3)), "hidden_dropout_prob": float(generator.uniform(0.1, 0.6)),
+            "attn_dropout_prob": float(generator.uniform(0.1, 0.6)), "learning_rate": log(3e-4, 3e-3),
+            "MAX_ITEM_LIST_LENGTH": int(generator.choice([50, 100, 200])), "loss_type": "CE",
+            "train_batch_size": int(generator.choice([2048, 4096])), "epochs": most_epochs // 2}  # fmt: skip
+
+
+def recbole(name: str, prepared: Prepared, seeds: list[int], trials: int, python: str, most_epochs: int) -> Outcome:
+    """Random configurations, each stopped early on validation; the best for as many epochs on train + validation."""
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        split = {
+            "user": prepared.user, "item": prepared.item, "time_us": prepared.events.time_us,
+            "fit": prepared.parts.fit, "validation": prepared.parts.validation, "num_users": len(prepared.users),
+            "num_items": len(prepared.items), "wv_indptr": prepared.validation.indptr,
+            "wv_indices": prepared.validation.indices,
+        }  # fmt: skip
+        np.savez(Path(scratch) / "split.npz", **split)
+
+        def run(params: dict[str, Any], seed: int, *more: str) -> dict[str, NDArray[Any]]:
+            script = Path(__file__).parent / "_recbole_peer.py"
+            every = "5" if name == "lightgcn" else "1"
+            command = [python, "-W", "ignore", str(script), "split.npz", "out.npz", "--model", RECBOLE[name],
+                       "--params", json.dumps(params), "--seed", str(seed), "--every", every,
+                       "--threads", str(torch.get_num_threads()), *more]  # fmt: skip
+            subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+            return dict(np.load(Path(scratch) / "out.npz"))
+
+        tried = []
+        for _ in range(trials):
+            params = recbole_params(name, generator, most_epochs)
+            found = run(params, 0)
+            tried.append((float(found["ndcg"]), {**params, "epochs": int(found["epochs"])}))
+        reached, params = max(tried, key=lambda pair: pair[0])
+        print(f"  {name}: validation {reached:.4f} with {params}", flush=True)
+        fitted = [run(params, seed, "--everything") for seed in seeds]
+    return Outcome([found["top"] for found in fitted], [float(found["seconds"]) for found in fitted])
+
+
 def per_user(outcome: Outcome, prepared: Prepared, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """(N,) NDCG@10 of users, means over seeds."""
     hits = [Hits.of(top, prepared.test) for top in outcome.tops]
@@ -249,11 +304,15 @@ def main() -> None:
     parser.add_argument("--only", default=",".join((*OURS, *PEERS)))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--recbole", help="an interpreter that has recbole, for lightgcn and sasrec")
+    parser.add_argument("--epochs", type=int, default=400, help="the most of lightgcn; of sasrec half as many")
     call, _ = parser.parse_known_args()
     wanted = call.only.split(",")
-    unknown = sorted(set(wanted) - {*OURS, *PEERS})
+    unknown = sorted(set(wanted) - {*OURS, *PEERS, *RECBOLE})
     if unknown:
-        raise SystemExit(f"--only: unknown part {unknown[0]!r}; known are {', '.join((*OURS, *PEERS))}")
+        raise SystemExit(f"--only: unknown part {unknown[0]!r}; known are {', '.join((*OURS, *PEERS, *RECBOLE))}")
+    if set(wanted) & set(RECBOLE) and call.recbole is None:
+        raise SystemExit("--only: lightgcn and sasrec need --recbole, an interpreter that has recbole")
     prepared = prepare(call.data, call.new, call.whole, call.protocol)
     repeats = prepared.schema.split.repeats
 
@@ -267,6 +326,8 @@ def main() -> None:
     parts: dict[str, Callable[[], Outcome]] = {}
     for name in (name for name in PEERS if name in wanted):
         parts[name] = partial(peer, name, prepared, call.seeds, call.trials)
+    for name in (name for name in RECBOLE if name in wanted):
+        parts[name] = partial(recbole, name, prepared, call.seeds, call.trials, call.recbole, call.epochs)
     if set(wanted) & set(OURS):
         began = time.perf_counter()
         recipe = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0).recipe

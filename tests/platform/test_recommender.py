@@ -429,3 +429,26 @@ def test_chance_has_the_last_place_as_often_as_it_says(recommender: Recommender)
     assert (last == plain.items[4]).mean() == pytest.approx(propensity[plain.items[4]], abs=0.04)
     assert propensity[plain.items[4]] > 0.7
     assert np.unique(last).size > 30
+
+
+def test_as_if_new_nothing_is_known_of_an_item_but_its_words() -> None:
+    histories = made_up(300)
+    model = model_of(histories, repeats=True, ordered=False)
+    hidden = np.arange(NUM_ITEMS) % 4 == 1
+    sources = model.sources.as_if_new(hidden)
+    seen = histories.where(~hidden[histories.item])
+    found = sources.candidates(seen, 12, nothing_stored, repeats=True, wanted=Wanted(allowed=hidden))
+    assert hidden[found.item].all()
+    by_name = dict(zip(PAIR_FEATURES, np.moveaxis(found.features, -1, 0), strict=True))
+    for name in ("regression", "log_popularity", "share_who_repeat", "days_a_taker", "own_days"):
+        assert (by_name[name] == 0).all(), name
+    assert by_name["graph_z"].std() > 0
+    others = sources.vectors.item_ID[~hidden]
+    np.testing.assert_array_equal(others, model.sources.vectors.item_ID[~hidden])
+    kind = np.arange(NUM_ITEMS) % 5
+    of_words = sources.vectors.item_ID[hidden]
+    same = of_words[kind[hidden] == 1]
+    assert (
+        np.linalg.norm(same - same.mean(0), axis=1).mean()
+        < 0.7 * np.linalg.norm(others - others.mean(0), axis=1).mean()
+    )

@@ -341,7 +341,7 @@ class Lists(NamedTuple):
 class RankerTraining:
     """How the ranker is trained."""
 
-    num_epochs: int = 6
+    num_epochs: int = 4
     lists_a_step: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.05

@@ -1,0 +1,86 @@
+"""Training of the encoders: what a step learns from."""
+
+import numpy as np
+import pytest
+import torch
+from assay_pipelines.recommend import train
+from assay_pipelines.recommend.train import DEFAULTS, train_encoder
+from assay_pipelines.recommend.train_sequence import SequenceTraining, train_sequence
+from assay_platform.models.graph import GraphEncoder, ItemGraph
+from assay_platform.models.histories import DAY_US, Histories
+from assay_platform.models.sequence import SequenceConfig
+from scipy.sparse import csr_matrix
+
+NUM_USERS, NUM_ITEMS = 60, 300
+
+
+def histories() -> Histories:
+    """Users of three tastes."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(NUM_USERS), 20)
+    item = 100 * (user % 3) + rng.integers(0, 100, len(user))
+    return Histories.of(user, item, rng.integers(0, DAY_US, len(user)), num_users=NUM_USERS, now_us=DAY_US)
+
+
+def graph() -> ItemGraph:
+    return ItemGraph.of(histories(), csr_matrix((NUM_ITEMS, 0), dtype=np.float32), closeness_s=0.0)
+
+
+def test_drawn_items_stand_for_all_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, joined = np.random.default_rng(0), graph()
+    torch.manual_seed(0)
+    encoder = GraphEncoder(joined, width=8, num_layers=2, dropout=0.0).eval()
+    masked = train._mask(joined, 0.1, generator, torch.device("cpu"))
+    with torch.no_grad():
+        user_UD, item_ID = encoder(masked.graph)
+        item_ID = 20 * item_ID
+
+        def loss() -> float:
+            softmax = train._Softmax.of(user_UD, item_ID, masked, generator)
+            assert softmax.products_UI.shape[1] == len(np.arange(NUM_ITEMS)[softmax.items])
+            return float(softmax.loss(softmax.products_UI))
+
+        full = loss()
+        monkeypatch.setattr(train, "_LOSS_CELLS", NUM_USERS * 60)
+        drawn = [loss() for _ in range(40)]
+    assert max(drawn) > min(drawn), "others were drawn"
+    assert np.mean(drawn) == pytest.approx(full, rel=0.02)
+
+
+def test_a_step_may_look_at_some_users_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_MOST_USERS", 20)
+    generator, joined = np.random.default_rng(0), graph()
+    encoder = GraphEncoder(joined, width=8, num_layers=2, dropout=0.0)
+    masked = train._mask(joined, 0.3, generator, torch.device("cpu"))
+    softmax = train._Softmax.of(*encoder(masked.graph), masked, generator)
+    assert softmax.products_UI.shape == (20, NUM_ITEMS)
+    assert int(softmax.wanted[0].max()) < 20
+    kept = set(zip(*(side.tolist() for side in softmax.hidden), strict=True))
+    dropped = set(zip(*(side.tolist() for side in softmax.wanted), strict=True))
+    assert dropped
+    assert not kept & dropped
+
+
+def test_the_graph_encoder_learns_tastes() -> None:
+    joined = graph()
+    encoder = train_encoder(joined, {**DEFAULTS, "num_epochs": 3, "width": 8}, seed=0)
+    assert encoder.base_ID.device.type == "cpu"
+    vectors = train.item_vectors(encoder, joined).item_ID
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-6)
+    taste = np.arange(NUM_ITEMS) // 100
+    cosine = unit @ unit.T
+    same = taste[:, None] == taste
+    assert cosine[same].mean() > cosine[~same].mean() + 0.3
+
+
+def test_the_sequence_encoder_learns_what_comes_later() -> None:
+    rng = np.random.default_rng(0)
+    given = histories()
+    vectors = rng.normal(size=(NUM_ITEMS, 8)).astype(np.float32)  # say nothing of tastes
+    training = SequenceTraining(num_epochs=120, learning_rate=1e-2, asked=1.0)
+    encoder = train_sequence(given, vectors, SequenceConfig(length=8, dropout=0.0), training, seed=0)
+    scores = encoder.users(given) @ encoder.stacked().T
+    own = scores.reshape(NUM_USERS, 3, 100).mean(2)
+    assert (own.argmax(1) == np.arange(NUM_USERS) % 3).mean() > 0.9
+    again = train_sequence(given, vectors, SequenceConfig(length=8, dropout=0.0), training, seed=0)
+    np.testing.assert_allclose(again.users(given), encoder.users(given), atol=1e-4)
