@@ -433,7 +433,7 @@ def test_chance_has_the_last_place_as_often_as_it_says(recommender: Recommender)
 
 def test_as_if_new_nothing_is_known_of_an_item_but_its_words() -> None:
     histories = made_up(300)
-    model = model_of(histories, repeats=True, ordered=False)
+    model = model_of(histories, repeats=True, ordered=True)
     hidden = np.arange(NUM_ITEMS) % 4 == 1
     sources = model.sources.as_if_new(hidden)
     seen = histories.where(~hidden[histories.item])
@@ -442,6 +442,7 @@ def test_as_if_new_nothing_is_known_of_an_item_but_its_words() -> None:
     by_name = dict(zip(PAIR_FEATURES, np.moveaxis(found.features, -1, 0), strict=True))
     for name in ("regression", "log_popularity", "share_who_repeat", "days_a_taker", "own_days"):
         assert (by_name[name] == 0).all(), name
+    assert np.ptp(by_name["sequence_z"], axis=1).max() < 1e-4, "it says the same of all of them"
     assert by_name["graph_z"].std() > 0
     others = sources.vectors.item_ID[~hidden]
     np.testing.assert_array_equal(others, model.sources.vectors.item_ID[~hidden])

@@ -426,7 +426,7 @@ def _lists_of_new(
     wanted.eliminate_zeros()
     users = users[np.diff(wanted.indptr)[users] > 0]
     users = users[generator.random(len(users)) < _SHORTENED]
-    if not len(users):
+    if not len(users) or hidden.all():
         return []
     sources = sources.as_if_new(hidden)
     unknown = holdout._replace(store_IF=np.where(hidden[:, None], holdout.new_S, holdout.store_IF))

@@ -137,6 +137,17 @@ class SequenceEncoder(nn.Module):
         """(I, D + 1)."""
         return np.asarray(torch.cat([self.item_vectors(), self.bias_I[:, None]], dim=1).numpy())
 
+    def without(self, items: NDArray[np.bool_]) -> "SequenceEncoder":
+        """As if some items (I,) were new: see `extended`."""
+        other = SequenceEncoder(np.zeros_like(self.graph_ID.numpy()), self.config)
+        other.load_state_dict(self.state_dict())
+        chosen = torch.from_numpy(items)
+        with torch.no_grad():
+            for held in (other.graph_ID, other.own_ID):
+                held[chosen] = held[~chosen].mean(0)
+            other.bias_I[chosen] = 0.0
+        return other.eval().requires_grad_(False)
+
     def extended(self, num: int) -> "SequenceEncoder":
         """With more items, of which it says as much as of the mean item."""
         longer = SequenceEncoder(np.zeros((len(self.bias_I) + num, self.graph_ID.shape[1]), np.float32), self.config)

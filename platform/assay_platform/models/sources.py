@@ -297,6 +297,7 @@ class Sources:
             regression=ItemRegression(sp.csr_matrix(self.regression.weights @ kept)),
             liked=None if self.liked is None else ItemRegression(sp.csr_matrix(self.liked.weights @ kept)),
             content=content,
+            sequence=None if self.sequence is None else self.sequence.without(items),
         )
 
     def user_vectors(self, taken: sp.csr_matrix) -> Floats:
