@@ -56,7 +56,7 @@ from assay_pipelines.tracking import (
     tracked_run,
 )
 
-_NUM_FOLDS, _NUM_HOLDOUTS = 5, 4
+_NUM_FOLDS, _NUM_HOLDOUTS = 5, 3
 # How many validation periods before the end of what is there the labels of a holdout begin.
 _CUTS = (1.0, 1.5, 2.0, 2.5)
 _MIN_SEEN = 0.4  # of the time must be before a cut
