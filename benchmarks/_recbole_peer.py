@@ -100,7 +100,7 @@ def ranked(model: Any, dataset: Any, user: Ints, item: Ints, num_users: int, num
     return top
 
 
-class MeasuredTrainer(Trainer):  # type: ignore[misc]
+class MeasuredTrainer(Trainer):
     """RecBole's trainer; validation ranks everything for all that is wanted."""
 
     def __init__(self, config: Config, model: Any, rank: Callable[[], Ints], wanted: Any, end: float) -> None:

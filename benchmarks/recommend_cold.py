@@ -11,6 +11,7 @@ Intervals: 95 % of 1,000 Poisson bootstraps of users.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def popularity(prepared: Prepared, case: Case) -> Lists:
     return listed(prepared, case, lambda first, end: np.tile(score, (end - first, 1)))
 
 
-def listed(prepared: Prepared, case: Case, scores) -> Lists:  # type: ignore[no-untyped-def]
+def listed(prepared: Prepared, case: Case, scores: Callable[[int, int], NDArray[np.float32]]) -> Lists:
     """Lists of scores, of what is allowed."""
 
     def allowed(first: int, end: int) -> NDArray[np.float32]:

@@ -12,7 +12,6 @@ beyond the 8,000 items taken most, against all products, for the users' own quer
 """
 
 import argparse
-import gc
 import os
 import sys
 import tempfile
@@ -118,8 +117,6 @@ def main() -> None:
     else:
         repository = FeatureRepository(Path(scratch.name) / "made-up")
         service, model = made_up(call.items, repository)
-    gc.collect()
-    gc.freeze()
     users = [model.users[i] for i in np.random.default_rng(0).permutation(len(model.users))]
     vectors = np.random.default_rng(0).normal(size=(len(model.items), 64)).astype(np.float32)
     at = iter(range(10**9))

@@ -74,11 +74,6 @@ class ItemIndex:
             self._index.remove_ids(np.asarray(items, dtype=np.int64))
             self._index.add_with_ids(np.ascontiguousarray(vectors_TD, dtype=np.float32), items)
 
-    def remove(self, items: Index) -> None:
-        """Those that are there."""
-        with self._lock:
-            self._index.remove_ids(np.asarray(items, dtype=np.int64))
-
     def _cells_for(self, allowed: NDArray[np.bool_]) -> int:
         share = max(1.0 / self._index.nlist, float(np.count_nonzero(allowed)) / max(1, len(self)))
         return int(min(self._index.nlist, math.ceil(self._index.nprobe / min(1.0, share))))
