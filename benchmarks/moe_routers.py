@@ -12,7 +12,6 @@ experts with room for 1.25 times their even share would take.
 
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,28 +19,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from assay_features.schema import FraudSchema, RecommendSchema
-from assay_pipelines.console import Reporter
+from assay_features.schema import FraudSchema
 from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
 from assay_pipelines.datasets.table import load_table
 from assay_pipelines.fraud.train import LabelledRows, net_logits
-from assay_pipelines.options import RunOptions
 from assay_pipelines.recommend.evaluate import ranking_metrics
-from assay_pipelines.recommend.pipeline import Prepared
 from assay_pipelines.recommend.train import (
     DEFAULTS,
     RankerTraining,
     Recipe,
-    fit_earliest,
-    fit_sources,
-    make_lists,
     train_ranker,
 )
 from assay_platform.config import load_config
 from assay_platform.models.encoding import fit_encoder
 from assay_platform.models.fraud import FraudNet, FraudNetConfig
 from assay_platform.models.item_regression import RegressionConfig
-from assay_platform.models.recommender import Recommender
 from assay_platform.models.sources import Wanted, Weights
 from assay_platform.moe import ROUTERS, BackboneConfig, MoELayer
 from assay_platform.moe.router import count_choices
@@ -51,6 +43,7 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _recommend_data import Fitted, prepare
 from _report import finish, in_turn, median, row
 
 SEEDS = 3
@@ -183,40 +176,25 @@ class Recommend:
 
     name, metric = "MovieLens-100K", "NDCG@10"
 
-    def __init__(self, home: Path) -> None:
-        config = load_config()
-        folder = get_dataset("movielens-100k", config.paths.data)
-        schema = CATALOGUE["movielens-100k"].schema(folder)
-        assert isinstance(schema, RecommendSchema)
-        options = RunOptions(
-            config=replace(config, paths=replace(config.paths, home=home)), application="recommend", data=self.name,
-            table=folder / EVENTS, schema=schema, schema_folder=folder, model_name="routers",
-        )  # fmt: skip
-        self.prepared = prepared = Prepared(options, Reporter())
-        repeats = schema.split.repeats
-        recipe = Recipe(
+    def __init__(self) -> None:
+        self.prepared = prepared = prepare("movielens-100k")
+        self.recipe = Recipe(
             graph=DEFAULTS,
             regression=RegressionConfig(),
             facts=prepared.facts,
-            repeats=repeats,
+            repeats=prepared.schema.split.repeats,
             weights=Weights(graph=0.5),
         )
         self.config = prepared.ranker_config
-        self.sources = fit_sources(prepared.fit, recipe, seed=options.seed)
-        self.store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
-        holdouts = prepared.holdouts(prepared.parts.fit)
-        earliest = fit_earliest(holdouts, recipe, seed=options.seed)
-        self.lists = make_lists(holdouts, recipe, self.config, earliest, seed=options.seed)
+        self.fitted = Fitted.of(prepared, prepared.parts.fit, prepared.fit, self.recipe, seed=0)
+        self.lists = self.fitted.lists(self.recipe, self.config, seed=0)
 
     def train_one(self, variant: str, seed: int) -> Outcome:
         """From scratch to the test part."""
         config = replace(self.config, backbone=shaped(self.config.backbone, variant))
         ranker, monitor = train_ranker(self.lists, config, seed=seed, training=RankerTraining())
         prepared = self.prepared
-        model = Recommender(
-            ranker=ranker, config=config, users=prepared.users, items=prepared.items, histories=prepared.fit,
-            sources=self.sources, store_features_IF=self.store_IF, repeats=prepared.schema.split.repeats,
-        )  # fmt: skip
+        model = self.fitted.model(prepared, self.recipe, config, ranker)
         top, _ = model.rank(prepared.fit, num=20, wanted=Wanted(None if model.repeats else prepared.train_matrix))
         quality = ranking_metrics(top, prepared.test, prepared.fit_matrix)["ndcg_at_10"]
         return Outcome(quality, *balance_of(monitor), None)
@@ -253,39 +231,38 @@ def main() -> None:
         plot(Path(option("--plot", "")))
         return
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        tasks: list[Fraud | Recommend] = []
-        if only in ("", "fraud"):
-            tasks.append(Fraud())
-        if only in ("", "recommend"):
-            tasks.append(Recommend(Path(folder)))
-        for task in tasks:
-            steps: dict[str, float] = {}
-            if isinstance(task, Fraud):
-                calls = {variant: task.step(variant) for variant in VARIANTS}
-                in_turn(calls, 2)
-                steps = {name: 1e3 * median(seconds) for name, seconds in in_turn(calls, 15).items()}
-            outcomes: dict[str, list[Outcome]] = {variant: [] for variant in VARIANTS}
-            for seed in seeds:
-                for variant in VARIANTS:
-                    outcomes[variant].append(task.train_one(variant, seed))
-                    print(f"{task.name} seed {seed} {variant}: {outcomes[variant][-1]}", flush=True)
-            dense = [o.quality for o in outcomes["dense"]]
+    tasks: list[Fraud | Recommend] = []
+    if only in ("", "fraud"):
+        tasks.append(Fraud())
+    if only in ("", "recommend"):
+        tasks.append(Recommend())
+    for task in tasks:
+        steps: dict[str, float] = {}
+        if isinstance(task, Fraud):
+            calls = {variant: task.step(variant) for variant in VARIANTS}
+            in_turn(calls, 2)
+            steps = {name: 1e3 * median(seconds) for name, seconds in in_turn(calls, 15).items()}
+        outcomes: dict[str, list[Outcome]] = {variant: [] for variant in VARIANTS}
+        for seed in seeds:
             for variant in VARIANTS:
-                found = outcomes[variant]
-                mean = statistics.mean
-                rows.append(
-                    row(
-                        f"{task.name}, {variant}", mean(o.quality for o in found), task.metric, peer=mean(dense),
-                        peer_name="dense of equal work", higher_is_better=True, runs=len(found),
-                        spread=(max(o.quality for o in found) - min(o.quality for o in found)) / mean(dense),
-                        difference_by_seed=[round(o.quality - d, 4) for o, d in zip(found, dense, strict=True)],
-                        utilisation=round(mean(o.utilisation for o in found), 3),
-                        imbalance=round(mean(o.imbalance for o in found), 4),
-                        served=None if found[0].served is None else round(mean(o.served or 0.0 for o in found), 4),
-                        step_ms=round(steps.get(variant, 0.0), 1),
-                    )
-                )  # fmt: skip
+                outcomes[variant].append(task.train_one(variant, seed))
+                print(f"{task.name} seed {seed} {variant}: {outcomes[variant][-1]}", flush=True)
+        dense = [o.quality for o in outcomes["dense"]]
+        for variant in VARIANTS:
+            found = outcomes[variant]
+            mean = statistics.mean
+            rows.append(
+                row(
+                    f"{task.name}, {variant}", mean(o.quality for o in found), task.metric, peer=mean(dense),
+                    peer_name="dense of equal work", higher_is_better=True, runs=len(found),
+                    spread=(max(o.quality for o in found) - min(o.quality for o in found)) / mean(dense),
+                    difference_by_seed=[round(o.quality - d, 4) for o, d in zip(found, dense, strict=True)],
+                    utilisation=round(mean(o.utilisation for o in found), 3),
+                    imbalance=round(mean(o.imbalance for o in found), 4),
+                    served=None if found[0].served is None else round(mean(o.served or 0.0 for o in found), 4),
+                    step_ms=round(steps.get(variant, 0.0), 1),
+                )
+            )  # fmt: skip
     finish("moe_routers", rows)
     for r in rows:
         print(r["case"], {k: r[k] for k in ("difference_by_seed", "utilisation", "imbalance", "served", "step_ms")})

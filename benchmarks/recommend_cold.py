@@ -19,25 +19,16 @@ import numpy as np
 import scipy.sparse as sp
 from assay_pipelines.recommend.evaluate import DEPTH, Hits, best_items, interval
 from assay_pipelines.recommend.pipeline import Prepared
-from assay_pipelines.recommend.train import (
-    DEFAULTS,
-    RankerTraining,
-    Recipe,
-    fit_earliest,
-    fit_sources,
-    make_lists,
-    train_ranker,
-)
+from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, Recipe, train_ranker
 from assay_pipelines.recommend.train_sequence import SequenceTraining
 from assay_platform.models.histories import Histories
 from assay_platform.models.item_regression import RegressionConfig
-from assay_platform.models.recommender import Recommender
 from assay_platform.models.sources import Wanted, Weights
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _recommend_data import Fitted, prepare
 from _report import finish, row
-from recommend_quality import prepare
 
 KEPT_OUT, KNOWN = 0.2, 3
 CLOSENESS_S = {"movielens-100k": 150.0}  # as validation chooses it
@@ -91,15 +82,11 @@ def ours(prepared: Prepared, case: Case, seed: int) -> Lists:
         graph=DEFAULTS, regression=regression, facts=prepared.facts, repeats=repeats, weights=Weights(graph=0.5),
         sequence=None if at_random else SequenceTraining(),
     )  # fmt: skip
-    histories, holdouts = prepared.histories(case.rows, prepared.train.now_us), prepared.holdouts(case.rows)
-    earliest = fit_earliest(holdouts, recipe, seed=seed)
-    sources = fit_sources(histories, recipe, seed=seed, sequence=earliest.sources.sequence)
-    lists = make_lists(holdouts, recipe, config, earliest, seed=seed)
+    histories = prepared.histories(case.rows, prepared.train.now_us)
+    fitted = Fitted.of(prepared, case.rows, histories, recipe, seed=seed)
+    lists = fitted.lists(recipe, config, seed=seed)
     ranker, _ = train_ranker(lists, config, seed=seed, training=RankerTraining())
-    model = Recommender(
-        ranker=ranker, config=config, users=prepared.users, items=prepared.items, histories=histories,
-        sources=sources, store_features_IF=prepared.item_features(case.rows, histories), repeats=repeats,
-    )  # fmt: skip
+    model = fitted.model(prepared, recipe, config, ranker)
     seen = None if repeats else case.asked.matrix(len(prepared.items))
     return model.rank(case.asked, num=DEPTH, wanted=Wanted(seen, case.allowed))[0]
 

@@ -6,9 +6,11 @@ configurations, then fitted again on train + validation with every seed; the tes
 Intervals: 95 % of 1,000 Poisson bootstraps of users, of means over seeds, differences for the same users.
 
     assay bench recommend_quality [--json] [--data movielens-100k] [--new] [--whole] [--protocol P] [--only PART,PART]
-                                  [--seeds 0,1,2] [--trials N] [--recbole PYTHON]
+                                  [--seeds 0,1,2] [--trials N] [--recbole PYTHON] [--keep FOLDER]
 
-With --new only items count that a user had not taken before; --whole is of all products, however seldom bought.
+With --keep, lists stay in the folder by part and seed and a later call takes them from there, so that parts may be run
+one at a time. With --new only items count that a user had not taken before; --whole is of all products, however seldom
+bought.
 
 Parts: ours; diverse (as diverse as costs 1 % of NDCG@10 on validation); without graph, without sequence, without
 regression, without closeness (time between what is taken), without liked (ratings), linear (no MoE), dense (all
@@ -25,36 +27,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from assay_features.schema import Protocol, RecommendSchema
+from assay_features.schema import Protocol
 from assay_pipelines.console import Reporter
-from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
-from assay_pipelines.options import RunOptions
 from assay_pipelines.recommend.baseline import measure_baselines
 from assay_pipelines.recommend.evaluate import DEPTH, Hits, interval, ranking_metrics
 from assay_pipelines.recommend.pipeline import Prepared, choose_diversity, choose_recipe, trained
-from assay_pipelines.recommend.train import (
-    DEFAULTS,
-    RankerTraining,
-    Recipe,
-    fit_earliest,
-    fit_sources,
-    make_lists,
-    train_ranker,
-)
-from assay_platform.config import load_config
+from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, Recipe, train_ranker
+from assay_pipelines.recommend.train_sequence import SequenceTraining
 from assay_platform.models.histories import Histories
-from assay_platform.models.recommender import PairRanker, Recommender
+from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.sources import PAIR_FEATURES, Wanted, Weights, top_candidates
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _recommend_data import Fitted, prepare
 from _report import finish, row
 
 GRAPH = tuple(name for name in PAIR_FEATURES if name.startswith("graph"))
@@ -85,29 +78,77 @@ class Outcome(NamedTuple):
     seconds: list[float]
 
 
-def prepare(name: str, new: bool = False, whole: bool = False, protocol: Protocol | None = None) -> Prepared:
-    """The data set as `assay run recommend` sees it. whole: whatever the schema says of a limit on items."""
-    config = load_config()
-    folder = get_dataset(name, config.paths.data)
-    schema = CATALOGUE[name].schema(folder)
-    assert isinstance(schema, RecommendSchema)
-    if protocol is not None:
-        schema = replace(schema, split=replace(schema.split, protocol=protocol))
-    if whole:
-        schema = replace(schema, split=replace(schema.split, max_items=None))
-    if new:
-        schema = replace(schema, split=replace(schema.split, repeats=False))
-    options = RunOptions(
-        config=config, application="recommend", data=name, table=folder / EVENTS, schema=schema, schema_folder=folder,
-        model_name="recommend-bench",
-    )  # fmt: skip
-    return Prepared(options, Reporter())
+class Kept:
+    """Lists by part and seed, in a folder if there is one, so that a call that was cut off goes on where it was."""
+
+    def __init__(self, folder: Path | None, case: str) -> None:
+        self._folder = None if folder is None else folder / case
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self.found: dict[str, dict[int, tuple[Lists, float | None]]] = {}
+        for path in sorted(self._folder.glob("*.npz")) if self._folder else ():
+            part, seed = path.stem.rsplit(".", 1)
+            held = np.load(path)
+            seconds = float(held["seconds"])
+            self.found.setdefault(part, {})[int(seed)] = (held["top"], None if np.isnan(seconds) else seconds)
+
+    def has(self, part: str, seed: int) -> bool:
+        """Whether it is there already."""
+        return seed in self.found.get(part, {})
+
+    def add(self, part: str, seed: int, top: Lists, seconds: float | None) -> None:
+        """Keep what one seed came to."""
+        self.found.setdefault(part, {})[seed] = (top, seconds)
+        if self._folder is not None:
+            spent = np.nan if seconds is None else seconds
+            np.savez_compressed(self._folder / f"{part}.{seed}.npz", top=top.astype(np.int32), seconds=spent)
+
+    def outcome(self, part: str, seeds: list[int]) -> Outcome:
+        """Of these seeds, as many as there are."""
+        by_seed = [self.found[part][seed] for seed in seeds if self.has(part, seed)]
+        return Outcome([top for top, _ in by_seed], [seconds for _, seconds in by_seed if seconds is not None])
+
+    def recipe(self, prepared: Prepared) -> Recipe:
+        """What validation chooses of the sources, once."""
+        path = None if self._folder is None else self._folder / "recipe.json"
+        sequence = None if prepared.schema.split.protocol == "random" else SequenceTraining()
+        if path is not None and path.is_file():
+            held = json.loads(path.read_text())
+            return Recipe(
+                graph=DEFAULTS, regression=RegressionConfig(**held["regression"]), facts=prepared.facts,
+                repeats=prepared.schema.split.repeats, sequence=sequence, weights=Weights(**held["weights"]),
+            )  # fmt: skip
+        began = time.perf_counter()
+        recipe = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0).recipe
+        print(f"  chosen on validation in {time.perf_counter() - began:.0f} s: {recipe.regression}, "
+              f"{recipe.weights}", flush=True)  # fmt: skip
+        if path is not None:
+            path.write_text(json.dumps({"regression": asdict(recipe.regression), "weights": asdict(recipe.weights)}))
+        return recipe
 
 
-def ours(part: str, prepared: Prepared, recipe: Recipe, seeds: list[int]) -> Outcome:
-    """Train on train + validation with every seed, rank the test part."""
-    config, tops, seconds = prepared.ranker_config, [], []
+def ours(parts: list[str], prepared: Prepared, recipe: Recipe, seed: int, kept: Kept) -> None:
+    """Train on train + validation with one seed, rank the test part: all parts over the same sources."""
+    parts = [part for part in parts if not kept.has(part, seed)]
+    near = [part for part in parts if part != "without closeness"]
+    far = replace(recipe, regression=replace(recipe.regression, closeness_s=0.0))
+    for some, of in ((near, recipe), ([part for part in parts if part not in near], far)):
+        if some:
+            began = time.perf_counter()
+            fitted = Fitted.of(prepared, prepared.train_rows, prepared.train, of, seed=seed)
+            spent = time.perf_counter() - began
+        for part in some:
+            began = time.perf_counter()
+            top, choosing = one_part(part, prepared, of, fitted, seed)
+            seconds = spent + time.perf_counter() - began - choosing
+            kept.add(part, seed, top, seconds)
+            print(f"  {part}, seed {seed}: {ndcg(top, prepared):.4f} in {seconds:.0f} s", flush=True)
+
+
+def one_part(part: str, prepared: Prepared, recipe: Recipe, fitted: Fitted, seed: int) -> tuple[Lists, float]:
+    """Lists of the test part, and seconds that went into a choice on validation."""
     gone = {"without graph": GRAPH, "without regression": REGRESSION, "without liked": LIKED, "without closeness": TIME}
+    config = prepared.ranker_config
     config = replace(config, features=tuple(name for name in config.features if name not in gone.get(part, ())))
     if part == "without graph":
         recipe = replace(recipe, weights=replace(recipe.weights, graph=0.0))
@@ -115,39 +156,27 @@ def ours(part: str, prepared: Prepared, recipe: Recipe, seeds: list[int]) -> Out
         # So much of the others that they alone find candidates.
         recipe = replace(recipe, weights=Weights(graph=1e3, sequence=1e3 * recipe.weights.sequence))
     if part == "without sequence":
+        if recipe.sequence is None:
+            print("  without sequence: the recipe has none", flush=True)
         recipe = replace(recipe, sequence=None, weights=replace(recipe.weights, sequence=0.0))
-    if part == "without closeness":
-        recipe = replace(recipe, regression=replace(recipe.regression, closeness_s=0.0))
-    diversity = 0.0
-    if part == "diverse":
-        allowing = copy(prepared)
-        allowing.schema = replace(prepared.schema, diversity_loss=0.01)
-        fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, Reporter())
-        diversity = choose_diversity(allowing, fitted, fitted.rankings["MoE"], Reporter())
-    if part == "without sequence" and recipe.sequence is None:
-        print("  without sequence: the recipe has none", flush=True)
+        fitted = fitted.without_sequence()
     if part == "dense":
         config = replace(config, backbone=replace(config.backbone, num_experts=2, top_k=2))
-    new = Wanted(None if recipe.repeats else prepared.train_matrix)
-    for seed in seeds:
+    diversity, choosing = 0.0, 0.0
+    if part == "diverse":
         began = time.perf_counter()
-        holdouts = prepared.holdouts(prepared.train_rows)
-        earliest = fit_earliest(holdouts, recipe, seed=seed)
-        sources = fit_sources(prepared.train, recipe, seed=seed, sequence=earliest.sources.sequence)
-        if part == "sources":
-            ranker = PairRanker(config)
-        else:
-            lists = make_lists(holdouts, recipe, config, earliest, seed=seed)
-            ranker, _ = train_ranker(lists, config, seed=seed, training=RankerTraining(), linear=part == "linear")
-        seconds.append(time.perf_counter() - began)
-        model = Recommender(
-            ranker=ranker, config=config, users=prepared.users, items=prepared.items, histories=prepared.train,
-            sources=sources, store_features_IF=prepared.item_features(prepared.train_rows, prepared.train),
-            repeats=recipe.repeats, use_ranker=part != "sources", diversity=diversity,
-        )  # fmt: skip
-        tops.append(model.rank(prepared.train, num=DEPTH, wanted=new)[0])
-        print(f"  {part}, seed {seed}: {ndcg(tops[-1], prepared):.4f} in {seconds[-1]:.0f} s", flush=True)
-    return Outcome(tops, seconds)
+        allowing = copy(prepared)
+        allowing.schema = replace(prepared.schema, diversity_loss=0.01)
+        on_fit = trained(prepared, prepared.parts.fit, prepared.fit, recipe, Reporter())
+        diversity = choose_diversity(allowing, on_fit, on_fit.rankings["MoE"], Reporter())
+        choosing = time.perf_counter() - began
+    ranker = None
+    if part != "sources":
+        lists = fitted.lists(recipe, config, seed=seed)
+        ranker, _ = train_ranker(lists, config, seed=seed, training=RankerTraining(), linear=part == "linear")
+    model = fitted.model(prepared, recipe, config, ranker, diversity)
+    new = Wanted(None if recipe.repeats else prepared.train_matrix)
+    return model.rank(prepared.train, num=DEPTH, wanted=new)[0], choosing
 
 
 def ndcg(top: Lists, prepared: Prepared) -> float:
@@ -188,7 +217,7 @@ def fit_factors(name: str, params: dict[str, Any], histories: Histories, repeats
     return top_candidates(scores, DEPTH)
 
 
-def peer(name: str, prepared: Prepared, seeds: list[int], trials: int) -> Outcome:
+def peer(name: str, prepared: Prepared, seeds: list[int], trials: int, kept: Kept) -> None:
     """Random configurations on validation, the best again on train + validation."""
     generator, repeats, num_items = np.random.default_rng(0), prepared.schema.split.repeats, len(prepared.items)
     tried = []
@@ -198,12 +227,10 @@ def peer(name: str, prepared: Prepared, seeds: list[int], trials: int) -> Outcom
         tried.append((float(Hits.of(top, prepared.validation).ndcg().mean()), params))
     reached, params = max(tried, key=lambda pair: pair[0])
     print(f"  {name}: validation {reached:.4f} with {params}", flush=True)
-    tops, seconds = [], []
     for seed in seeds:
         began = time.perf_counter()
-        tops.append(fit_factors(name, params, prepared.train, repeats, seed, num_items))
-        seconds.append(time.perf_counter() - began)
-    return Outcome(tops, seconds)
+        top = fit_factors(name, params, prepared.train, repeats, seed, num_items)
+        kept.add(name, seed, top, time.perf_counter() - began)
 
 
 def recbole_params(name: str, generator: np.random.Generator, most_epochs: int) -> dict[str, Any]:
@@ -224,7 +251,9 @@ def recbole_params(name: str, generator: np.random.Generator, most_epochs: int) 
             "train_batch_size": int(generator.choice([2048, 4096])), "epochs": most_epochs // 2}  # fmt: skip
 
 
-def recbole(name: str, prepared: Prepared, seeds: list[int], trials: int, python: str, most_epochs: int) -> Outcome:
+def recbole(
+    name: str, prepared: Prepared, seeds: list[int], trials: int, kept: Kept, python: str, most_epochs: int
+) -> None:
     """Random configurations, each stopped early on validation; the best for as many epochs on train + validation."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -252,8 +281,9 @@ def recbole(name: str, prepared: Prepared, seeds: list[int], trials: int, python
             tried.append((float(found["ndcg"]), {**params, "epochs": int(found["epochs"])}))
         reached, params = max(tried, key=lambda pair: pair[0])
         print(f"  {name}: validation {reached:.4f} with {params}", flush=True)
-        fitted = [run(params, seed, "--everything") for seed in seeds]
-    return Outcome([found["top"] for found in fitted], [float(found["seconds"]) for found in fitted])
+        for seed in seeds:
+            found = run(params, seed, "--everything")
+            kept.add(name, seed, found["top"], float(found["seconds"]))
 
 
 def per_user(outcome: Outcome, prepared: Prepared, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
@@ -305,6 +335,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--recbole", help="an interpreter that has recbole, for lightgcn and sasrec")
+    parser.add_argument("--keep", type=Path, help="a folder where lists stay, by part and seed")
     parser.add_argument("--epochs", type=int, default=400, help="the most of lightgcn; of sasrec half as many")
     call, _ = parser.parse_known_args()
     wanted = call.only.split(",")
@@ -314,29 +345,31 @@ def main() -> None:
     if set(wanted) & set(RECBOLE) and call.recbole is None:
         raise SystemExit("--only: lightgcn and sasrec need --recbole, an interpreter that has recbole")
     prepared = prepare(call.data, call.new, call.whole, call.protocol)
-    repeats = prepared.schema.split.repeats
-
-    def progress(_done: float, _text: str) -> None:
-        pass
-
-    _, tops = measure_baselines(
-        prepared.fit, prepared.validation, prepared.train, prepared.test, repeats=repeats, on_progress=progress
-    )
-    found = {name: Outcome([top], []) for name, top in tops.items()}
-    parts: dict[str, Callable[[], Outcome]] = {}
-    for name in (name for name in PEERS if name in wanted):
-        parts[name] = partial(peer, name, prepared, call.seeds, call.trials)
-    for name in (name for name in RECBOLE if name in wanted):
-        parts[name] = partial(recbole, name, prepared, call.seeds, call.trials, call.recbole, call.epochs)
-    if set(wanted) & set(OURS):
-        began = time.perf_counter()
-        recipe = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0).recipe
-        print(f"  chosen on validation in {time.perf_counter() - began:.0f} s: {recipe.regression}, "
-              f"{recipe.weights}", flush=True)  # fmt: skip
-        for name in (name for name in OURS if name in wanted):
-            parts[name] = partial(ours, name, prepared, recipe, call.seeds)
-    for name, run in parts.items():
-        found[name] = run()
+    repeats, split = prepared.schema.split.repeats, prepared.schema.split
+    kept = Kept(call.keep, f"{call.data}, {split.protocol}, {split.max_items} items, {'all' if repeats else 'new'}")
+    if not kept.has("popularity", 0):
+        _, tops = measure_baselines(
+            prepared.fit, prepared.validation, prepared.train, prepared.test, repeats=repeats,
+            on_progress=lambda _done, _text: None,
+        )  # fmt: skip
+        for name, top in tops.items():
+            kept.add(name, 0, top, None)
+    calls: dict[str, Callable[..., None]] = {name: partial(peer, name) for name in PEERS}
+    for name in RECBOLE:
+        calls[name] = partial(recbole, name, python=call.recbole, most_epochs=call.epochs)
+    for name in (name for name in calls if name in wanted):
+        missing = [seed for seed in call.seeds if not kept.has(name, seed)]
+        if missing:
+            calls[name](prepared, missing, call.trials, kept)
+    parts = [name for name in OURS if name in wanted]
+    missing = [seed for seed in call.seeds if not all(kept.has(part, seed) for part in parts)]
+    if missing:
+        recipe = kept.recipe(prepared)
+        for seed in missing:
+            ours(parts, prepared, recipe, seed, kept)
+    baselines = [name for name in kept.found if name not in (*OURS, *calls)]
+    found = {name: kept.outcome(name, [0]) for name in baselines}
+    found |= {name: kept.outcome(name, call.seeds) for name in wanted}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     finish("recommend_quality", report(found, prepared), device)
 

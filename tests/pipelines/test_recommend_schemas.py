@@ -15,6 +15,7 @@ from assay_pipelines.recommend.train import (
     DEFAULTS,
     RankerTraining,
     fit_earliest,
+    fit_holdouts,
     fit_sources,
     make_lists,
     train_ranker,
@@ -62,7 +63,8 @@ def trained(data: Prepared) -> Recommender:
     holdouts = data.holdouts(data.train_rows)
     earliest = fit_earliest(holdouts, recipe, seed=0)
     sources = fit_sources(data.train, recipe, seed=0, sequence=earliest.sources.sequence)
-    lists = make_lists(holdouts, recipe, data.ranker_config, earliest, seed=0)
+    of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=0)
+    lists = make_lists(holdouts, of_holdouts, recipe, data.ranker_config, seed=0)
     ranker, _ = train_ranker(lists, data.ranker_config, seed=0, training=RankerTraining(num_epochs=1))
     return Recommender(
         ranker=ranker, config=data.ranker_config, users=data.users, items=data.items, histories=data.train,

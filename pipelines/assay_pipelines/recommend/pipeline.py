@@ -40,6 +40,7 @@ from assay_pipelines.recommend.train import (
     Recipe,
     choose_regression,
     fit_earliest,
+    fit_holdouts,
     fit_sources,
     item_graph,
     make_lists,
@@ -427,7 +428,8 @@ def trained(
         sources = fit_sources(histories, recipe, seed=seed, sequence=shared) if chosen is None else chosen.sources
         store_IF = prepared.item_features(rows, histories)
     with reporter.stage("train", "Fit them without the holdouts") as stage:
-        lists = make_lists(holdouts, recipe, config, earliest, seed=seed, on_progress=stage.update)
+        of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=seed, on_progress=stage.update)
+        lists = make_lists(holdouts, of_holdouts, recipe, config, seed=seed)
     with reporter.stage("train", "Train the MoE ranker") as stage:
         ranker, routing = train_ranker(lists, config, seed=seed, training=RankerTraining(), on_progress=stage.update)
     rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}

@@ -367,24 +367,34 @@ def fit_earliest(holdouts: list[Holdout], recipe: Recipe, *, seed: int) -> Earli
     return Earliest(number, sources)
 
 
-def make_lists(
+def fit_holdouts(
     holdouts: list[Holdout],
     recipe: Recipe,
-    config: RankerConfig,
     earliest: Earliest,
     *,
     seed: int,
     on_progress: Callable[[float], None] = lambda done: None,
-) -> list[Lists]:
-    """Fit the sources without each holdout's labels and collect what a ranker would see."""
-    lists, generator = [], np.random.default_rng(seed)
+) -> list[Sources]:
+    """The sources of each holdout, without its labels."""
+    fitted = []
     for number, holdout in enumerate(holdouts):
-        sources = earliest.sources
-        if number != earliest.number:
-            sources = fit_sources(holdout.seen, recipe, seed=seed + 1 + number, sequence=sources.sequence)
-        sources = replace(sources, weights=recipe.weights)
-        lists += _lists(sources, holdout, config, recipe, _MOST_LISTS // len(holdouts), generator)
+        if number == earliest.number:
+            fitted.append(earliest.sources)
+        else:
+            shared = earliest.sources.sequence
+            fitted.append(fit_sources(holdout.seen, recipe, seed=seed + 1 + number, sequence=shared))
         on_progress((number + 1) / len(holdouts))
+    return fitted
+
+
+def make_lists(
+    holdouts: list[Holdout], fitted: list[Sources], recipe: Recipe, config: RankerConfig, *, seed: int
+) -> list[Lists]:
+    """What a ranker would see of the holdouts. fitted: their sources, weighed here as the recipe says."""
+    lists, generator = [], np.random.default_rng(seed)
+    for holdout, sources in zip(holdouts, fitted, strict=True):
+        weighed = replace(sources, weights=recipe.weights)
+        lists += _lists(weighed, holdout, config, recipe, _MOST_LISTS // len(holdouts), generator)
     return lists
 
 

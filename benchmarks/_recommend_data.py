@@ -1,0 +1,78 @@
+"""What the recommendation benchmarks share: the data set, everything fitted to one part of it, and a model of that."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from assay_features.schema import Protocol, RecommendSchema
+from assay_pipelines.console import Reporter
+from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
+from assay_pipelines.options import RunOptions
+from assay_pipelines.recommend.pipeline import Prepared, Rows
+from assay_pipelines.recommend.train import Holdout, Lists, Recipe, fit_earliest, fit_holdouts, fit_sources, make_lists
+from assay_platform.config import load_config
+from assay_platform.models.histories import Floats, Histories
+from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
+from assay_platform.models.sources import Sources
+
+
+def prepare(name: str, new: bool = False, whole: bool = False, protocol: Protocol | None = None) -> Prepared:
+    """The data set as `assay run recommend` sees it. new: nothing counts that a user took before. whole: whatever the
+    schema says of a limit on items. protocol: instead of the schema's.
+    """
+    config = load_config()
+    folder = get_dataset(name, config.paths.data)
+    schema = CATALOGUE[name].schema(folder)
+    assert isinstance(schema, RecommendSchema)
+    split = schema.split
+    split = split if protocol is None else replace(split, protocol=protocol)
+    split = replace(split, max_items=None) if whole else split
+    split = replace(split, repeats=False) if new else split
+    options = RunOptions(
+        config=config, application="recommend", data=name, table=folder / EVENTS, schema=replace(schema, split=split),
+        schema_folder=folder, model_name="recommend-bench",
+    )  # fmt: skip
+    return Prepared(options, Reporter())
+
+
+class Fitted(NamedTuple):
+    """Sources of some rows, and of each of their holdouts."""
+
+    histories: Histories
+    sources: Sources
+    store_IF: Floats
+    holdouts: list[Holdout]
+    of_holdouts: list[Sources]
+
+    @staticmethod
+    def of(prepared: Prepared, rows: Rows, histories: Histories, recipe: Recipe, *, seed: int) -> "Fitted":
+        """histories: of these rows."""
+        holdouts = prepared.holdouts(rows)
+        earliest = fit_earliest(holdouts, recipe, seed=seed)
+        sources = fit_sources(histories, recipe, seed=seed, sequence=earliest.sources.sequence)
+        of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=seed)
+        return Fitted(histories, sources, prepared.item_features(rows, histories), holdouts, of_holdouts)
+
+    def without_sequence(self) -> "Fitted":
+        """The same, had there been no sequence encoder."""
+        without = [replace(sources, sequence=None) for sources in self.of_holdouts]
+        return self._replace(sources=replace(self.sources, sequence=None), of_holdouts=without)
+
+    def lists(self, recipe: Recipe, config: RankerConfig, *, seed: int) -> list[Lists]:
+        """What a ranker learns from."""
+        return make_lists(self.holdouts, self.of_holdouts, recipe, config, seed=seed)
+
+    def model(
+        self,
+        prepared: Prepared,
+        recipe: Recipe,
+        config: RankerConfig,
+        ranker: PairRanker | None,
+        diversity: float = 0.0,
+    ) -> Recommender:
+        """ranker: None leaves the sources' own order."""
+        return Recommender(
+            ranker=PairRanker(config) if ranker is None else ranker, config=config, users=prepared.users,
+            items=prepared.items, histories=self.histories, sources=replace(self.sources, weights=recipe.weights),
+            store_features_IF=self.store_IF, repeats=recipe.repeats, use_ranker=ranker is not None,
+            diversity=diversity,
+        )  # fmt: skip
