@@ -24,12 +24,8 @@ from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
 from assay_pipelines.datasets.table import load_table
 from assay_pipelines.fraud.train import LabelledRows, net_logits
 from assay_pipelines.recommend.evaluate import ranking_metrics
-from assay_pipelines.recommend.train import (
-    DEFAULTS,
-    RankerTraining,
-    Recipe,
-    train_ranker,
-)
+from assay_pipelines.recommend.train import RankerTraining, Recipe, train_ranker
+from assay_pipelines.recommend.train_graph import DEFAULTS
 from assay_platform.config import load_config
 from assay_platform.models.encoding import fit_encoder
 from assay_platform.models.fraud import FraudNet, FraudNetConfig

@@ -19,7 +19,8 @@ import numpy as np
 import scipy.sparse as sp
 from assay_pipelines.recommend.evaluate import DEPTH, Hits, best_items, interval
 from assay_pipelines.recommend.pipeline import Prepared
-from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, Recipe, train_ranker
+from assay_pipelines.recommend.train import RankerTraining, Recipe, train_ranker
+from assay_pipelines.recommend.train_graph import DEFAULTS
 from assay_pipelines.recommend.train_sequence import SequenceTraining
 from assay_platform.models.histories import Histories
 from assay_platform.models.item_regression import RegressionConfig

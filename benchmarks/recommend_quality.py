@@ -39,7 +39,8 @@ from assay_pipelines.console import Reporter
 from assay_pipelines.recommend.baseline import measure_baselines
 from assay_pipelines.recommend.evaluate import DEPTH, Hits, interval, ranking_metrics
 from assay_pipelines.recommend.pipeline import Prepared, choose_diversity, choose_recipe, trained
-from assay_pipelines.recommend.train import DEFAULTS, RankerTraining, Recipe, train_ranker
+from assay_pipelines.recommend.train import RankerTraining, Recipe, train_ranker
+from assay_pipelines.recommend.train_graph import DEFAULTS
 from assay_pipelines.recommend.train_sequence import SequenceTraining
 from assay_platform.models.histories import Histories
 from assay_platform.models.item_regression import RegressionConfig

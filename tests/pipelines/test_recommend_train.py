@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from assay_pipelines.recommend import train
-from assay_pipelines.recommend.train import DEFAULTS, train_encoder
+from assay_pipelines.recommend import train_graph
+from assay_pipelines.recommend.train_graph import DEFAULTS, train_encoder
 from assay_pipelines.recommend.train_sequence import SequenceTraining, train_sequence
 from assay_platform.models.graph import GraphEncoder, ItemGraph
 from assay_platform.models.histories import DAY_US, Histories
@@ -30,30 +30,30 @@ def test_drawn_items_stand_for_all_the_others(monkeypatch: pytest.MonkeyPatch) -
     generator, joined = np.random.default_rng(0), graph()
     torch.manual_seed(0)
     encoder = GraphEncoder(joined, width=8, num_layers=2, dropout=0.0).eval()
-    masked = train._mask(joined, 0.1, generator, torch.device("cpu"))
+    masked = train_graph._WholeGraph(joined, encoder, generator, torch.device("cpu")).mask(0.1)
     with torch.no_grad():
         user_UD, item_ID = encoder(masked.graph)
         item_ID = 20 * item_ID
 
         def loss() -> float:
-            softmax = train._Softmax.of(user_UD, item_ID, masked, generator)
-            assert softmax.products_UI.shape[1] == len(np.arange(NUM_ITEMS)[softmax.items])
-            return float(softmax.loss(softmax.products_UI))
+            softmax = masked.softmax(user_UD, item_ID)
+            assert len(softmax.item_ID) == len(np.arange(NUM_ITEMS)[softmax.items])
+            return float(softmax.loss(torch.tensor(1.0), torch.zeros(NUM_ITEMS)))
 
         full = loss()
-        monkeypatch.setattr(train, "_LOSS_CELLS", NUM_USERS * 60)
+        monkeypatch.setattr(train_graph, "_LOSS_CELLS", NUM_USERS * 60)
         drawn = [loss() for _ in range(40)]
     assert max(drawn) > min(drawn), "others were drawn"
     assert np.mean(drawn) == pytest.approx(full, rel=0.02)
 
 
 def test_a_step_may_look_at_some_users_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_MOST_USERS", 20)
+    monkeypatch.setattr(train_graph, "_MOST_USERS", 20)
     generator, joined = np.random.default_rng(0), graph()
     encoder = GraphEncoder(joined, width=8, num_layers=2, dropout=0.0)
-    masked = train._mask(joined, 0.3, generator, torch.device("cpu"))
-    softmax = train._Softmax.of(*encoder(masked.graph), masked, generator)
-    assert softmax.products_UI.shape == (20, NUM_ITEMS)
+    masked = train_graph._WholeGraph(joined, encoder, generator, torch.device("cpu")).mask(0.3)
+    softmax = masked.softmax(*encoder(masked.graph))
+    assert (len(softmax.user_UD), len(softmax.item_ID)) == (20, NUM_ITEMS)
     assert int(softmax.wanted[0].max()) < 20
     kept = set(zip(*(side.tolist() for side in softmax.hidden), strict=True))
     dropped = set(zip(*(side.tolist() for side in softmax.wanted), strict=True))
@@ -61,11 +61,16 @@ def test_a_step_may_look_at_some_users_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert not kept & dropped
 
 
-def test_the_graph_encoder_learns_tastes() -> None:
+@pytest.mark.parametrize("most_at_once", [10**6, 0], ids=["as a whole", "in samples"])
+def test_the_graph_encoder_learns_tastes(most_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_graph, "MOST_AT_ONCE", most_at_once)
+    monkeypatch.setattr(train_graph, "_FANOUT", 5)
+    monkeypatch.setattr(train_graph, "_SAMPLED_USERS", 20)
+    monkeypatch.setattr(train_graph, "_TOLD_APART", 100)
     joined = graph()
     encoder = train_encoder(joined, {**DEFAULTS, "num_epochs": 3, "width": 8}, seed=0)
     assert encoder.base_ID.device.type == "cpu"
-    vectors = train.item_vectors(encoder, joined).item_ID
+    vectors = train_graph.item_vectors(encoder, joined).item_ID
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-6)
     taste = np.arange(NUM_ITEMS) // 100
     cosine = unit @ unit.T

@@ -31,10 +31,7 @@ from assay_pipelines.recommend.baseline import measure_baselines
 from assay_pipelines.recommend.evaluate import DEPTH, ranking_metrics
 from assay_pipelines.recommend.split import Parts, split_interactions
 from assay_pipelines.recommend.train import (
-    DEFAULTS,
-    SPACE,
     Earliest,
-    EncoderData,
     Holdout,
     RankerTraining,
     Recipe,
@@ -44,9 +41,9 @@ from assay_pipelines.recommend.train import (
     fit_sources,
     item_graph,
     make_lists,
-    objective,
     train_ranker,
 )
+from assay_pipelines.recommend.train_graph import DEFAULTS, SPACE, EncoderData, objective
 from assay_pipelines.recommend.train_sequence import SequenceTraining
 from assay_pipelines.tracking import (
     champion_metric,

@@ -1,9 +1,6 @@
 """Train the sources of a recommender and the ranker over them.
 
-Graph encoder: edges are masked at random, the graph without them is propagated, and the masked edges are
-predicted by a softmax over all items.
-
-Ranker: it must learn from interactions that its inputs have not seen, or it learns to trust them too much. So for each
+The ranker must learn from interactions that its inputs have not seen, or it learns to trust them too much. So for each
 of a few holdouts all sources are fitted without part of the interactions, which are then the labels.
 """
 
@@ -17,27 +14,22 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from assay_platform.models.content import ItemFacts, fit_content_map
-from assay_platform.models.graph import Adjacency, GraphEncoder, ItemGraph, adjacencies
+from assay_platform.models.graph import ItemGraph
 from assay_platform.models.histories import Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.recommender import PairRanker, RankerConfig
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
-from assay_platform.models.sources import NO_MORE, ItemPast, ItemVectors, Sources, Wanted, Weights
+from assay_platform.models.sources import NO_MORE, ItemPast, Sources, Wanted, Weights
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.training import TrainConfig, fastest_device, fit
-from assay_platform.tuning.space import OneOf, Real, Space
-from numpy.typing import NDArray
 from torch import Tensor
 
 from assay_pipelines.recommend.evaluate import best_items, ranking_metrics
+from assay_pipelines.recommend.train_graph import item_vectors, train_encoder
 from assay_pipelines.recommend.train_sequence import SequenceTraining, train_sequence
 
-_STEPS_AN_EPOCH = 10
-# The softmax of a step: users, and users times items. Items are drawn where that leaves too few users.
-_MOST_USERS, _FEWEST_USERS, _LOSS_CELLS = 1024, 64, 2**23
 # Items of the regression, whose time grows with their cube: those taken most.
 MAX_HEAD = 8000
-_CALIBRATION_MASK = 0.6
 _MASKED_OUT = -1e9
 _LISTS_A_CHUNK = 256
 # What a ranker learns from: at most so many lists, and beside them a part again that knows so few events of a user.
@@ -46,196 +38,6 @@ _HIDDEN = 0.2  # of the items, in lists of what nobody has taken yet
 # What the regression's search tries; seconds from a quick succession of ratings to a day's shopping.
 _PENALTIES = (250.0, 500.0, 1000.0)
 _CLOSENESS_S = (0.0, 3600.0, 86_400.0)
-
-SPACE: Space = {
-    "learning_rate": Real(low=1e-3, high=6e-3, log=True),
-    "weight_decay": Real(low=0.3, high=3.0, log=True),
-    "dropout": Real(low=0.2, high=0.6),
-    "num_layers": OneOf((1, 2, 3)),
-    "mask_high": Real(low=0.6, high=0.85),
-}
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 3e-3,
-    "weight_decay": 1.0,
-    "dropout": 0.5,
-    "num_layers": 2,
-    "mask_low": 0.4,
-    "mask_high": 0.8,
-    "width": 64,
-    "num_epochs": 12,
-}
-
-
-class _Masked(NamedTuple):
-    """A graph without some edges, and what was kept and taken out, as (user, item) index pairs."""
-
-    graph: list[Adjacency]
-    kept: tuple[Tensor, Tensor]
-    dropped: tuple[Tensor, Tensor]
-
-
-def _mask(graph: ItemGraph, fraction: float, generator: np.random.Generator, device: torch.device) -> _Masked:
-    keep = generator.random(len(graph.user)) > fraction
-
-    def pairs(rows: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(graph.user[rows]).to(device), torch.from_numpy(graph.item[rows]).to(device)
-
-    return _Masked(adjacencies(graph.matrices(keep), device), pairs(keep), pairs(~keep))
-
-
-class _Softmax(NamedTuple):
-    """Products of some users with the items that they are told from, and which of them count.
-
-    items: which. stands_for (n,) or (): logarithm of how many items one stands for. wanted, hidden: places of dropped
-    and of kept edges.
-    """
-
-    products_UI: Tensor
-    items: Tensor | slice
-    stands_for: Tensor
-    wanted: tuple[Tensor, Tensor]
-    hidden: tuple[Tensor, Tensor]
-
-    @staticmethod
-    def of(user_UD: Tensor, item_ID: Tensor, masked: _Masked, generator: np.random.Generator) -> "_Softmax":
-        """All users and items where they are few."""
-        num_items, wanted, hidden = len(item_ID), masked.dropped, masked.kept
-        most = min(_MOST_USERS, max(_FEWEST_USERS, _LOSS_CELLS // num_items))
-        if len(user_UD) > most:
-            users = torch.from_numpy(np.sort(generator.choice(len(user_UD), most, replace=False))).to(user_UD.device)
-            wanted, hidden = (_among(pairs, 0, users, len(user_UD)) for pairs in (wanted, hidden))
-            user_UD = user_UD[users]
-        items: Tensor | slice = slice(None)
-        stands_for = torch.zeros((), device=user_UD.device)
-        if len(user_UD) * num_items > 2 * _LOSS_CELLS:
-            drawn = generator.integers(0, num_items, _LOSS_CELLS // len(user_UD))
-            told_from = np.unique(np.concatenate([wanted[1].cpu().numpy(), drawn]))
-            items = chosen = torch.from_numpy(told_from).to(user_UD.device)
-            are_wanted = torch.isin(chosen, wanted[1])
-            left = num_items - int(are_wanted.sum())
-            stands_for = torch.where(are_wanted, 0.0, float(np.log(left / max(1, int((~are_wanted).sum())))))
-            wanted, hidden = (_among(pairs, 1, chosen, num_items) for pairs in (wanted, hidden))
-        return _Softmax(user_UD @ item_ID[items].T, items, stands_for, wanted, hidden)
-
-    def loss(self, logits_UI: Tensor) -> Tensor:
-        """Of the dropped edges; a user's edges weigh 1 / sqrt(how many it lost)."""
-        logits_UI = (logits_UI + self.stands_for).index_put(
-            self.hidden, torch.tensor(_MASKED_OUT, device=logits_UI.device)
-        )
-        rows, columns = self.wanted
-        weight = torch.bincount(rows, minlength=len(logits_UI)).float().clamp(min=1)[rows].rsqrt()
-        loss = logits_UI.logsumexp(1)[rows] - logits_UI[rows, columns]
-        return (weight * loss).sum() / weight.sum().clamp_min(1e-9)
-
-
-def _among(pairs: tuple[Tensor, Tensor], side: int, chosen: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Of the pairs those whose one side is chosen, that side as its place among the chosen."""
-    place = torch.full((num,), -1, dtype=torch.int64, device=chosen.device)
-    place[chosen] = torch.arange(len(chosen), device=chosen.device)
-    at = place[pairs[side]]
-    kept = at >= 0
-    return (at[kept], pairs[1][kept]) if side == 0 else (pairs[0][kept], at[kept])
-
-
-def _calibrate(encoder: GraphEncoder, graph: ItemGraph, generator: np.random.Generator) -> None:
-    """Start temperature and popularity bias where the loss of the untrained encoder is lowest."""
-    device = encoder.base_ID.device
-    masked = _mask(graph, _CALIBRATION_MASK, generator, device)
-    log_popularity = torch.from_numpy(np.log1p(np.bincount(graph.item, minlength=graph.num_items))).float().to(device)
-    with torch.no_grad():
-        user_UD, item_ID = encoder.eval()(masked.graph)
-        softmax = _Softmax.of(user_UD, item_ID, masked, generator)
-        spread = float(softmax.products_UI.std()) + 1e-9
-        candidates = []
-        for scale in np.exp(np.linspace(np.log(0.3), np.log(6.0), 8)) / spread:
-            for share in (0.0, 0.25, 0.5, 0.75):
-                trial_UI = softmax.products_UI * float(scale) + share * log_popularity[softmax.items]
-                candidates.append((float(softmax.loss(trial_UI)), float(scale), share))
-        _, scale, share = min(candidates)
-        encoder.log_scale.fill_(float(np.log(scale)))
-        encoder.bias_I.copy_(share * log_popularity)
-
-
-def train_encoder(
-    graph: ItemGraph,
-    params: Mapping[str, Any],
-    *,
-    seed: int,
-    evaluate: Callable[[GraphEncoder], float] | None = None,
-    on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
-) -> GraphEncoder:
-    """Fit a graph encoder to all edges given: on a GPU where there is one. It comes back on the CPU."""
-    torch.manual_seed(seed)
-    generator, device = np.random.default_rng(seed), fastest_device()
-    encoder = GraphEncoder(graph, width=params["width"], num_layers=params["num_layers"], dropout=params["dropout"])
-    encoder.to(device)
-    _calibrate(encoder, graph, generator)
-
-    def batches(_: int) -> Iterator[_Masked]:
-        for _step in range(_STEPS_AN_EPOCH):
-            yield _mask(graph, generator.uniform(params["mask_low"], params["mask_high"]), generator, device)
-
-    def loss(masked: _Masked) -> Tensor:
-        user_UD, item_ID = encoder(masked.graph)
-        softmax = _Softmax.of(user_UD, item_ID, masked, generator)
-        return softmax.loss(softmax.products_UI * encoder.log_scale.exp() + encoder.bias_I[softmax.items])
-
-    config = TrainConfig(
-        num_epochs=int(params["num_epochs"]),
-        learning_rate=params["learning_rate"],
-        weight_decay=params["weight_decay"],
-        clip_norm=10.0,
-    )
-    fit(
-        encoder,
-        batches=batches,
-        num_batches=_STEPS_AN_EPOCH,
-        loss=loss,
-        evaluate=None if evaluate is None else lambda: evaluate(encoder),
-        config=config,
-        on_epoch=on_epoch,
-    )
-    return encoder.cpu().eval()
-
-
-def item_vectors(encoder: GraphEncoder, graph: ItemGraph) -> ItemVectors:
-    """Propagated item vectors over a graph."""
-    with torch.no_grad():
-        _, item_ID = encoder(adjacencies(graph.matrices()))
-    return ItemVectors(
-        np.ascontiguousarray(item_ID.numpy(), dtype=np.float32),
-        encoder.bias_I.detach().numpy().copy(),
-        float(encoder.log_scale.detach().exp()),
-    )
-
-
-def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, *, repeats: bool) -> float:
-    """NDCG@10 of the encoder alone."""
-    with torch.no_grad():
-        user_UD, item_ID = encoder(adjacencies(graph.matrices(), encoder.base_ID.device))
-        seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
-        top = best_items(lambda a, b: encoder.score(user_UD[a:b], item_ID).cpu().numpy(), seen, repeats=repeats)
-    return ranking_metrics(top, wanted, seen)["ndcg_at_10"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderData:
-    """What one trial of a search needs."""
-
-    fit: ItemGraph
-    validation: sp.csr_matrix
-    repeats: bool
-
-
-def objective(params: dict[str, Any], data: EncoderData, report: Callable[[int, float], None]) -> None:
-    """One trial of a search: the encoder alone, by validation NDCG@10."""
-    train_encoder(
-        data.fit,
-        params,
-        seed=int(params["seed"]),
-        evaluate=lambda encoder: graph_ndcg(encoder, data.fit, data.validation, repeats=data.repeats),
-        on_epoch=report,
-    )
 
 
 def choose_regression(

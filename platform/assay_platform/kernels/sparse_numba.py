@@ -1,5 +1,6 @@
-"""Products with sparse matrices, compiled: sums of rows for histories, and of chosen pairs alone."""
+"""Products with sparse matrices, compiled: sums of rows for histories, of chosen pairs alone; and samples of rows."""
 
+import numpy as np
 from numba import njit
 
 
@@ -28,3 +29,27 @@ def chosen_products(dense, row_start, column, value, chosen, out):
             for at in range(row_start[chosen[n, c]], row_start[chosen[n, c] + 1]):
                 total += dense[n, column[at]] * value[at]
             out[n, c] = total
+
+
+@njit(nogil=True, cache=True)
+def sample_rows(row_start, rows, most, seed, out_start, out_at, out_stands_for):
+    """At most so many entries of some rows of a matrix as CSR, without one twice.
+
+    A longer row is cut into `most` parts of nearly equal length, and one entry is drawn of each: what is drawn stands
+    for its part, so that sums over rows stay right on average. row_start (I + 1,); rows (N,); out_start (N + 1,), where
+    a row's entries go; out_at: places of entries in the matrix; out_stands_for: of how many.
+    """
+    for n in range(len(rows)):
+        begin = row_start[rows[n]]
+        length = row_start[rows[n] + 1] - begin
+        num = min(length, most)
+        state = np.uint64(seed) ^ (np.uint64(n + 1) * np.uint64(0x9E3779B97F4A7C15))
+        for part in range(num):
+            low, high = part * length // num, (part + 1) * length // num
+            # A step of SplitMix64 (Steele, Lea and Flood, 2014).
+            state += np.uint64(0x9E3779B97F4A7C15)
+            mixed = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed ^= mixed >> np.uint64(31)
+            out_at[out_start[n] + part] = begin + low + np.int64(mixed % np.uint64(high - low))
+            out_stands_for[out_start[n] + part] = high - low
