@@ -15,14 +15,20 @@ from assay_platform.models.recommender import PairRanker, RankerConfig, Recommen
 from assay_platform.models.sources import Sources
 
 
-def prepare(name: str, new: bool = False, whole: bool = False, protocol: Protocol | None = None) -> Prepared:
+def prepare(
+    name: str, new: bool = False, whole: bool = False, protocol: Protocol | None = None, sentences: bool = False
+) -> Prepared:
     """The data set as `assay run recommend` sees it. new: nothing counts that a user took before. whole: whatever the
-    schema says of a limit on items. protocol: instead of the schema's.
+    schema says of a limit on items. protocol: instead of the schema's. sentences: an encoder reads what is said of
+    items.
     """
     config = load_config()
     folder = get_dataset(name, config.paths.data)
     schema = CATALOGUE[name].schema(folder)
     assert isinstance(schema, RecommendSchema)
+    if sentences:
+        assert schema.items is not None
+        schema = replace(schema, items=replace(schema.items, sentences=True))
     split = schema.split
     split = split if protocol is None else replace(split, protocol=protocol)
     split = replace(split, max_items=None) if whole else split

@@ -6,7 +6,9 @@ the items is kept out of training, and lists are of these alone. Against popular
 a history (tf-idf of titles and categories) against an item's. Everybody has the same words; nothing is tuned.
 Intervals: 95 % of 1,000 Poisson bootstraps of users.
 
-    assay bench recommend_cold [--json] [--data movielens-100k] [--seeds 0,1,2]
+    assay bench recommend_cold [--json] [--data movielens-100k] [--seeds 0,1,2] [--sentences] [--only users|items]
+
+--sentences: ours reads titles with a sentence encoder as well (the extra 'text').
 """
 
 import argparse
@@ -123,9 +125,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="movielens-100k")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--sentences", action="store_true")
+    parser.add_argument("--only", choices=["users", "items"])
     call, _ = parser.parse_known_args()
-    prepared, rows = prepare(call.data), []
-    for name, of in {"cold users": cold_users, "cold items": cold_items}.items():
+    prepared, rows = prepare(call.data, sentences=call.sentences), []
+    cases = {"cold users": cold_users, "cold items": cold_items}
+    for name, of in cases.items():
+        if call.only is not None and not name.endswith(call.only):
+            continue
         reached: dict[str, list[NDArray[np.float64]]] = {"ours": [], "content neighbours": [], "popularity": []}
         for seed in call.seeds:
             case = of(prepared, seed)

@@ -188,12 +188,13 @@ class FraudSchema:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemTable:
-    """What is known of items besides who took them."""
+    """What is known of items besides who took them. sentences: whether an encoder reads all that a row says."""
 
     path: str
     id: str
     text: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
+    sentences: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +358,7 @@ _LISTS = {
     "diversity_loss": _NUMBER, "new_share": _NUMBER, "new_days": _NUMBER, "explore": _NUMBER, "at_most": _COSTS,
     "never": _CHOICES,
 }  # fmt: skip
-_ITEMS = {"path": _STRING, "id": _STRING, "text": _STRINGS, "categorical": _STRINGS}
+_ITEMS = {"path": _STRING, "id": _STRING, "text": _STRINGS, "categorical": _STRINGS, "sentences": _FLAG}
 _SPLIT = {
     "train": _NUMBER, "validation": _NUMBER, "protocol": _STRING, "repeats": _FLAG, "validation_from": _STRING,
     "test_from": _STRING, "max_items": _NUMBER,

@@ -12,7 +12,6 @@ from assay_pipelines.options import RunOptions
 from assay_pipelines.recommend.evaluate import ranking_metrics
 from assay_pipelines.recommend.pipeline import Prepared, choose_recipe
 from assay_pipelines.recommend.train import (
-    DEFAULTS,
     RankerTraining,
     fit_earliest,
     fit_holdouts,
@@ -20,6 +19,7 @@ from assay_pipelines.recommend.train import (
     make_lists,
     train_ranker,
 )
+from assay_pipelines.recommend.train_graph import DEFAULTS
 from assay_platform.config import load_config
 from assay_platform.models.recommender import Recommender
 from assay_platform.models.sources import Wanted

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 from assay_platform.errors import InputError
-from assay_platform.models.content import ItemFacts, fit_content_map
+from assay_platform.models import sentences
+from assay_platform.models.content import ItemFacts, fit_content_map, sentence
+from assay_platform.models.sentences import encode
 
 ITEMS = [f"i{i}" for i in range(40)]
 TABLE = {
@@ -63,3 +65,44 @@ def test_more_items_keep_the_words_of_those_before(facts: ItemFacts) -> None:
     assert longer.num_items == facts.num_items + 1
     assert {longer.words[w] for w in longer.has[-1].indices} == {"title:moon", "brand:b0"}
     assert longer.having("brand", "b0")[-1]
+
+
+MOVIES = {
+    f"m{i}": {"title": f"{word} {i}", "kind": kind}
+    for i, (word, kind) in enumerate(
+        (word, kind) for kind, words in (
+            ("a", ("Rocket to Mars", "The Alien Planet", "Star Ship Captain", "Galaxy Invaders", "Robots of Space")),
+            ("b", ("A Wedding in Paris", "Love Letters", "The Bride", "Romance at Midnight", "My Sweetheart")),
+        ) for word in words
+    )
+}  # fmt: skip
+
+
+def test_sentences_place_what_shares_no_word_with_anything() -> None:
+    read = ItemFacts.of([*MOVIES], MOVIES, text=["title"], categorical=["kind"], sentences=True)
+    assert read.sentences is not None
+    np.testing.assert_allclose(np.linalg.norm(read.sentences, axis=1), 1.0, atol=1e-5)
+    is_space = np.array([row["kind"] == "a" for row in MOVIES.values()])
+    vectors = np.column_stack([np.where(is_space, 1.0, -1.0), np.zeros(len(is_space))])
+    learned = fit_content_map(read, vectors, np.full(len(vectors), 50.0))
+    assert learned.takes_sentences
+    new = [{"title": "Cosmonauts"}, {"title": "Falling in love"}]
+    said = encode([sentence(row, read.text, read.categorical) for row in new])
+    longer = read.extended(["new", "newer"], new)
+    placed = learned.vectors(longer.content[-2:], said)
+    assert placed[0, 0] > 0.05 > -0.05 > placed[1, 0]
+    words = fit_content_map(ItemFacts.of([*MOVIES], MOVIES, text=["title"], categorical=["kind"]), vectors, np.ones(10))
+    assert not words.takes_sentences
+
+
+def test_a_sentence_says_all_of_a_row() -> None:
+    row = {"title": "Heat", "year": "1995", "kind": "Action|Crime", "price": "3"}
+    assert sentence(row, ["title", "year"], ["kind"]) == "Heat, 1995, Action, Crime"
+    assert sentence({}, ["title"], ["kind"]) == ""
+
+
+def test_without_the_encoder_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sentences, "_PACKAGE", "not_installed")
+    sentences._model.cache_clear()
+    with pytest.raises(InputError, match=r"pip install 'assay\[text\]'"):
+        ItemFacts.of([*MOVIES], MOVIES, text=["title"], categorical=[], sentences=True)

@@ -1,5 +1,7 @@
 """The recommender's promises about lists, and what its sources count, against obvious calculations."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from assay_platform.models.content import ItemFacts, fit_content_map
 from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, Histories, OwnPast
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression, together
 from assay_platform.models.list_rules import ListRules
-from assay_platform.models.lists import diversified
+from assay_platform.models.lists import varied
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
 from assay_platform.models.sources import PAIR_FEATURES, ItemPast, ItemVectors, Sources, Wanted, Weights
@@ -325,36 +327,52 @@ def test_histories_keep_the_first_time_of_each_item() -> None:
     assert len(PAIR_FEATURES) == len(set(PAIR_FEATURES))
 
 
-def logdet_gain(score: np.ndarray, unit: np.ndarray, weight: float, chosen: list[int]) -> float:
-    gram = unit[chosen] @ unit[chosen].T
-    return float(score[chosen].sum() + weight * np.linalg.slogdet(gram)[1])
+def cosines(unit: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda place: np.einsum("ncd,nd->nc", unit, unit[np.arange(len(unit)), place])
 
 
-def test_diverse_lists_are_greedy_by_score_and_determinant() -> None:
+def test_varied_lists_are_greedy_and_shown_in_order_of_score() -> None:
     rng = np.random.default_rng(0)
-    score = rng.normal(size=(3, 12)).astype(np.float32)
-    vectors = rng.normal(size=(3, 12, 16)).astype(np.float32)
+    score = rng.normal(size=(3, 30)).astype(np.float32)
+    vectors = rng.normal(size=(3, 30, 4)).astype(np.float32)
     unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-    found = diversified(score, unit, weight=0.7, num=5)
+    found = varied(score, cosines(unit), weight=0.7, num=14)
     for n in range(3):
         chosen: list[int] = []
-        for _ in range(5):
-            left = [i for i in range(12) if i not in chosen]
-            gains = [logdet_gain(score[n], unit[n].astype(np.float64), 0.7, [*chosen, i]) for i in left]
-            chosen.append(left[int(np.argmax(gains))])
-        assert found[n].tolist() == chosen
+        for _ in range(14):
+            left = [i for i in range(30) if i not in chosen]
+            worth = [score[n, i] - 0.7 * float((unit[n, chosen] @ unit[n, i]).sum()) for i in left]
+            chosen.append(left[int(np.argmax(worth))])
+        shown = [sorted(part, key=lambda i: -score[n, i]) for part in (chosen[:10], chosen[10:])]
+        assert found[n].tolist() == [*shown[0], *shown[1]]
 
 
-def test_diversity_leaves_scores_in_order_without_weight_and_excluded_items_last() -> None:
+def test_variety_leaves_scores_in_order_without_weight_and_excluded_items_last() -> None:
     rng = np.random.default_rng(0)
     score = rng.normal(size=(4, 9)).astype(np.float32)
     score[:, [2, 5]] = -np.inf
-    unit = np.tile(np.eye(1, 3, dtype=np.float32), (4, 9, 1))  # all alike
+    alike = cosines(np.tile(np.eye(1, 3, dtype=np.float32), (4, 9, 1)))  # all alike
     for weight in (0.0, 3.0):
-        found = diversified(score, unit, weight=weight, num=9)
+        found = varied(score, alike, weight=weight, num=9)
         assert [sorted(row) for row in found.tolist()] == [list(range(9))] * 4
         assert (np.sort(found[:, -2:], axis=1) == [2, 5]).all()
-    np.testing.assert_array_equal(diversified(score, unit, weight=0.0, num=7), np.argsort(-score, axis=1)[:, :7])
+    np.testing.assert_array_equal(varied(score, alike, weight=0.0, num=7), np.argsort(-score, axis=1)[:, :7])
+
+
+def test_likeness_is_the_cosine_of_categories_or_else_of_the_graph() -> None:
+    sources = model_of(made_up(300), repeats=False).sources
+    items = np.array([[3, 8, 1], [2, 0, 9]])
+    names = [str(i) for i in range(NUM_ITEMS)]
+    unknown = ItemFacts.of(names, {}, text=(), categorical=())
+    plain = replace(sources, facts=unknown).likeness(items)(np.array([1, 2]))
+    vectors = sources.vectors.item_ID / np.linalg.norm(sources.vectors.item_ID, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        plain, np.stack([vectors[items[0]] @ vectors[8], vectors[items[1]] @ vectors[9]]), atol=1e-5
+    )
+    table = {name: {"kind": "a|b" if int(name) % 2 else "b"} for name in names}
+    facts = ItemFacts.of(names, table, text=(), categorical=("kind",))
+    by_kind = replace(sources, facts=facts).likeness(items)(np.array([1, 2]))
+    np.testing.assert_allclose(by_kind, [[0.5**0.5, 1.0, 0.5**0.5], [0.5**0.5, 0.5**0.5, 1.0]], atol=1e-5)
 
 
 def test_a_diverse_model_saves_its_weight_and_lists_differ_more(tmp_path: Path) -> None:
@@ -363,14 +381,12 @@ def test_a_diverse_model_saves_its_weight_and_lists_differ_more(tmp_path: Path) 
     diverse.save(tmp_path / "model", {})
     assert Recommender.load(tmp_path / "model").diversity == 200.0
 
-    def alike(model: Recommender) -> float:
-        top, _ = model.rank(made_up(300), num=5)  # of eight dimensions
-        vectors = model.sources.vectors.item_ID[top]
-        unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-        cosine = unit @ unit.transpose(0, 2, 1)
-        return float(np.abs(cosine).mean())
+    def num_kinds(model: Recommender) -> list[int]:
+        top, _ = model.rank(made_up(300), num=5)
+        return [len(set(row)) for row in top % 5]  # the kind of an item
 
-    assert alike(diverse) < 0.8 * alike(plain)
+    assert np.mean(num_kinds(plain)) < 4.5
+    assert num_kinds(diverse) == [5] * NUM_USERS
 
 
 NO_ITEMS = np.zeros(0, dtype=np.int64)

@@ -81,7 +81,7 @@ def _movielens_schema(folder: Path) -> Schema:
         item="item_id",
         timestamp="timestamp",
         weight="rating",
-        items=ItemTable(path=str(folder / ITEMS), id="item_id", text=("title",), categorical=("genres",)),
+        items=ItemTable(path=str(folder / ITEMS), id="item_id", text=("title", "year"), categorical=("genres",)),
         # 75/25 for the test; a part of the 75 is taken for choosing, and the final model is refitted on all 75.
         split=Split(train=0.65, validation=0.1, protocol="random"),
     )

@@ -60,7 +60,7 @@ _CUTS = (1.0, 1.5, 2.0, 2.5)
 _MIN_SEEN = 0.4  # of the time must be before a cut
 _MIN_DISLIKED = 0.1
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0)
-_DIVERSITIES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
+_DIVERSITIES = (0.0, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.2)
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
@@ -95,12 +95,14 @@ class Prepared:
         self.test = self._wanted(self.parts.test, self.train_matrix)
         table = self.schema.items
         known = load_items(table, options.schema_folder) if table is not None else {}
-        self.facts = ItemFacts.of(
-            self.items,
-            known,
-            text=table.text if table else (),
-            categorical=table.categorical if table else (),
-        )
+        with reporter.stage("load", "Read what is known of items"):
+            self.facts = ItemFacts.of(
+                self.items,
+                known,
+                text=table.text if table else (),
+                categorical=table.categorical if table else (),
+                sentences=table is not None and table.sentences,
+            )
         self.plan = item_plan(self.schema)
         self._item_only = type(self.plan)(self.plan.of_entity(self.schema.item))
 
@@ -443,9 +445,10 @@ def choose_diversity(prepared: Prepared, fitted: Trained, ranking: Ranking, repo
         for weight in _DIVERSITIES:
             model = _recommender(prepared, prepared.fit, fitted.sources, fitted.store_IF, ranking, weight)
             reached.append(_measure(model, prepared.fit, prepared.validation)[_METRIC])
-            if reached[-1] < (1 - allowed) * reached[0]:
+            if reached[-1] >= (1 - allowed) * reached[0]:
+                chosen = weight
+            elif reached[-1] < (1 - 3 * allowed) * reached[0]:
                 break
-            chosen = weight
         stage.update(1.0, f"weight {chosen:g}: NDCG@10 {reached[_DIVERSITIES.index(chosen)]:.3f} of {reached[0]:.3f}")
     return chosen
 

@@ -105,7 +105,7 @@ def fit_sources(histories: Histories, recipe: Recipe, *, seed: int, sequence: Se
     return Sources(
         fit_item_regression(histories, num_items, recipe.regression, head),
         fit_item_regression(histories.where(histories.liked), num_items, recipe.regression, head) if rated else None,
-        vectors.where(past.takers == 0, content.vectors(recipe.facts.content)),
+        vectors.where(past.takers == 0, content.vectors(recipe.facts.content, recipe.facts.sentences)),
         past,
         recipe.facts,
         content,

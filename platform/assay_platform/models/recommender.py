@@ -25,7 +25,7 @@ from assay_platform.models.content import ContentMap, ItemFacts, Row
 from assay_platform.models.histories import DAY_US, Flags, Floats, Histories, Index
 from assay_platform.models.item_regression import ItemRegression
 from assay_platform.models.list_rules import NO_RULES, ListRules
-from assay_platform.models.lists import Limits, banned, diversified, explored
+from assay_platform.models.lists import Limits, banned, explored, varied
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
 from assay_platform.models.sources import (
     ALL_ITEMS,
@@ -236,9 +236,8 @@ class Recommender:
 
     def _listed(self, item_NC: Index, score_NC: Floats, num: int) -> tuple[Index, Floats]:
         if self.diversity > 0:
-            vectors = self.sources.vectors.item_ID[item_NC]
-            unit = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
-            order = diversified(score_NC, unit, weight=self.diversity, num=num)
+            alike = self.sources.likeness(item_NC)
+            order = varied(score_NC, alike, weight=self.diversity, num=num)
         else:
             order = np.argsort(-score_NC, axis=1, kind="stable")[:, :num]
         return np.take_along_axis(item_NC, order, axis=1), np.take_along_axis(score_NC, order, axis=1)
@@ -382,6 +381,7 @@ class Recommender:
             "facts.word": facts.has.indices.astype(np.int32),
             "content.weights_VD": sources.content.weights_VD,
             "content.start_D": sources.content.start_D,
+            "content.sentence_SD": sources.content.sentence_SD,
             "store_features_IF": self.store_features_IF,
             **{f"past.{name}": array for name, array in sources.past._asdict().items()},
             **{f"history.{name}": array for name, array in held._asdict().items()},
@@ -427,7 +427,9 @@ class Recommender:
             words = tuple(config["words"])
             has = sp.csr_matrix((np.ones(len(word), dtype=np.float32), word, start), (len(items), len(words)))
             facts = ItemFacts(tuple(config["titles"]), has, words, tuple(config["text"]), tuple(config["categorical"]))
-            content = ContentMap(*(tensors.pop(f"content.{part}").numpy() for part in ("weights_VD", "start_D")))
+            content = ContentMap(
+                *(tensors.pop(f"content.{part}").numpy() for part in ("weights_VD", "start_D", "sentence_SD"))
+            )
             head = tensors.pop("head").numpy()
             vectors = ItemVectors(tensors.pop("item_ID").numpy(), tensors.pop("bias_I").numpy(), float(config["scale"]))
             regressions = {

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from assay_platform.models.content import ContentMap, ItemFacts, Row, fit_content_map
+from assay_platform.models.content import ContentMap, ItemFacts, Row, fit_content_map, sentence
 from assay_platform.models.histories import (
     DAY_US,
     OWN_FEATURES,
@@ -29,6 +29,7 @@ from assay_platform.models.histories import (
 )
 from assay_platform.models.item_regression import ItemRegression
 from assay_platform.models.retrieval import ItemIndex
+from assay_platform.models.sentences import encode
 from assay_platform.models.sequence import SequenceEncoder
 
 # What sources and the item table say of a pair; features of the store are appended to PAIR_FEATURES.
@@ -265,9 +266,15 @@ class Sources:
         return graph if self.sequence is None else np.concatenate([graph, self._sequence_vectors[items]], axis=1)
 
     def extended(self, items: Sequence[str], rows: Sequence[Row], *, now_us: int) -> "Sources":
-        """With items that nobody took yet. rows: what the item table says of them."""
+        """With items that nobody took yet. rows: what the item table says of them.
+
+        Raises:
+            InputError: sentences count, and their encoder is not installed.
+        """
         facts = self.facts.extended(items, rows)
-        vectors = self.vectors.extended(self.content.vectors(facts.content[self.num_items :]))
+        said = [sentence(row, facts.text, facts.categorical) for row in rows]
+        sentences = encode(said) if self.content.takes_sentences else None
+        vectors = self.vectors.extended(self.content.vectors(facts.content[self.num_items :], sentences))
         longer = replace(
             self,
             facts=facts,
@@ -292,7 +299,7 @@ class Sources:
         kept = sp.diags((~items[self.head]).astype(np.float32))
         return replace(
             self,
-            vectors=self.vectors.where(items, content.vectors(self.facts.content)),
+            vectors=self.vectors.where(items, content.vectors(self.facts.content, self.facts.sentences)),
             past=past.without(items, now),
             regression=ItemRegression(sp.csr_matrix(self.regression.weights @ kept)),
             liked=None if self.liked is None else ItemRegression(sp.csr_matrix(self.liked.weights @ kept)),
@@ -304,6 +311,17 @@ class Sources:
         """(N, D): the degree-normalised sum over each history; zeros for an empty one."""
         length = np.maximum(np.diff(taken.indptr), 1.0)[:, None]
         return np.asarray(taken @ self.to_user / np.sqrt(length), dtype=np.float32)
+
+    def likeness(self, item_NC: Index) -> Callable[[Index], Floats]:
+        """(N,) places among candidates (N, C) → (N, C) how much each is like it: the cosine of their categories, or of
+        the graph's vectors where items have none.
+        """
+        rows, words = np.arange(len(item_NC)), self.facts.categories
+        if words.nnz:
+            return lambda place: _products(words[item_NC[rows, place]], words, item_NC)
+        vectors = self.vectors.item_ID[item_NC]
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+        return lambda place: np.asarray(np.einsum("ncd,nd->nc", unit, unit[rows, place], optimize=True))
 
     def candidates(
         self, histories: Histories, num: int, store: StoreFeatures, *, repeats: bool, wanted: Wanted = ALL_ITEMS
@@ -421,13 +439,18 @@ class Sources:
 
 def _match(taken: sp.csr_matrix, words: sp.csr_matrix, item_NC: Index) -> Floats:
     """(N, C) cosine of the words of a history, weighed as its items (N, I) are, and those of an item (I, G)."""
+    profile = sp.csr_matrix(taken @ words)
+    length = np.sqrt(np.asarray(profile.multiply(profile).sum(1)).ravel())
+    return _products(sp.csr_matrix(sp.diags(1.0 / np.maximum(length, 1e-6)) @ profile), words, item_NC)
+
+
+def _products(profile: sp.csr_matrix, words: sp.csr_matrix, item_NC: Index) -> Floats:
+    """(N, C) of rows (N, G) and those of items (I, G)."""
     from assay_platform.kernels.sparse_numba import chosen_products
 
     out = np.zeros(item_NC.shape, dtype=np.float32)
     if words.shape[1]:
-        profile = (taken @ words).toarray()
-        profile /= np.maximum(np.linalg.norm(profile, axis=1, keepdims=True), 1e-6)
-        chosen_products(profile, words.indptr, words.indices, words.data, item_NC, out)
+        chosen_products(profile.toarray().astype(np.float32), words.indptr, words.indices, words.data, item_NC, out)
     return out
 
 
