@@ -79,6 +79,6 @@ class Fitted(NamedTuple):
         return Recommender(
             ranker=PairRanker(config) if ranker is None else ranker, config=config, users=prepared.users,
             items=prepared.items, histories=self.histories, sources=replace(self.sources, weights=recipe.weights),
-            store_features_IF=self.store_IF, repeats=recipe.repeats, use_ranker=ranker is not None,
+            store_features_IF=self.store_IF, again=recipe.again, use_ranker=ranker is not None,
             diversity=diversity,
         )  # fmt: skip

@@ -178,7 +178,7 @@ class Recommend:
             graph=DEFAULTS,
             regression=RegressionConfig(),
             facts=prepared.facts,
-            repeats=prepared.schema.split.repeats,
+            again=prepared.again,
             weights=Weights(graph=0.5),
         )
         self.config = prepared.ranker_config
@@ -191,7 +191,7 @@ class Recommend:
         ranker, monitor = train_ranker(self.lists, config, seed=seed, training=RankerTraining())
         prepared = self.prepared
         model = self.fitted.model(prepared, self.recipe, config, ranker)
-        top, _ = model.rank(prepared.fit, num=20, wanted=Wanted(None if model.repeats else prepared.train_matrix))
+        top, _ = model.rank(prepared.fit, num=20, wanted=Wanted(prepared.train_matrix))
         quality = ranking_metrics(top, prepared.test, prepared.fit_matrix)["ndcg_at_10"]
         return Outcome(quality, *balance_of(monitor), None)
 

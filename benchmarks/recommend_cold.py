@@ -77,12 +77,12 @@ def cold_items(prepared: Prepared, seed: int) -> Case:
 
 def ours(prepared: Prepared, case: Case, seed: int) -> Lists:
     """Sources and ranker of what training sees."""
-    repeats, config = prepared.schema.split.repeats, prepared.ranker_config
+    config = prepared.ranker_config
     closeness_s = CLOSENESS_S.get(prepared.options.data, 0.0)
     regression = RegressionConfig(closeness_s=closeness_s)
     at_random = prepared.schema.split.protocol == "random"
     recipe = Recipe(
-        graph=DEFAULTS, regression=regression, facts=prepared.facts, repeats=repeats, weights=Weights(graph=0.5),
+        graph=DEFAULTS, regression=regression, facts=prepared.facts, again=prepared.again, weights=Weights(graph=0.5),
         sequence=None if at_random else SequenceTraining(),
     )  # fmt: skip
     histories = prepared.histories(case.rows, prepared.train.now_us)
@@ -90,7 +90,7 @@ def ours(prepared: Prepared, case: Case, seed: int) -> Lists:
     lists = fitted.lists(recipe, config, seed=seed)
     ranker, _ = train_ranker(lists, config, seed=seed, training=RankerTraining())
     model = fitted.model(prepared, recipe, config, ranker)
-    seen = None if repeats else case.asked.matrix(len(prepared.items))
+    seen = prepared.again.excluded(case.asked, len(prepared.items))
     return model.rank(case.asked, num=DEPTH, wanted=Wanted(seen, case.allowed))[0]
 
 
@@ -117,7 +117,7 @@ def listed(prepared: Prepared, case: Case, scores: Callable[[int, int], NDArray[
             found[:, ~case.allowed] = -np.inf
         return found
 
-    return best_items(allowed, case.asked.matrix(len(prepared.items)), repeats=prepared.schema.split.repeats)
+    return best_items(allowed, case.wanted.shape, prepared.again.excluded(case.asked, len(prepared.items)))
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from assay_features.feast.repository import FeatureRepository
 from assay_features.items import item_plan
 from assay_features.schema import ItemTable, RecommendSchema
 from assay_platform.models.content import ItemFacts, fit_content_map
-from assay_platform.models.histories import DAY_US, Histories
+from assay_platform.models.histories import DAY_US, Again, Histories
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
 from assay_platform.models.sources import ItemPast, ItemVectors, Sources, Wanted, Weights
@@ -77,7 +77,7 @@ def made_up(num_items: int, repository: FeatureRepository) -> tuple[ItemRecommen
     config = RankerConfig(num_store_features=len(plan.numeric_names))
     model = Recommender(
         ranker=PairRanker(config), config=config, users=[f"u{u}" for u in range(NUM_USERS)], items=items,
-        histories=histories, sources=sources, repeats=False,
+        histories=histories, sources=sources, again=Again.NOTHING,
         store_features_IF=np.zeros((num_items, config.num_store_features), dtype=np.float32),
     )  # fmt: skip
     names = np.array(items, dtype=object)
@@ -144,7 +144,7 @@ def main() -> None:
     everyone = model.histories
     assert isinstance(everyone, Histories)
     began = time.perf_counter()
-    model.rank(everyone, num=10, wanted=Wanted(None if model.repeats else everyone.matrix(len(model.items))))
+    model.rank(everyone, num=10, wanted=Wanted(model.again.excluded(everyone, len(model.items))))
     rows.append(row(f"{case}: everybody's list, users/s", everyone.num_users / (time.perf_counter() - began), "1/s",
                     limit=1e4, limit_name="target", higher_is_better=True))  # fmt: skip
     newest_us, fresh = int(everyone.now_us.max()), []

@@ -117,7 +117,7 @@ class Kept:
             held = json.loads(path.read_text())
             return Recipe(
                 graph=DEFAULTS, regression=RegressionConfig(**held["regression"]), facts=prepared.facts,
-                repeats=prepared.schema.split.repeats, sequence=sequence, weights=Weights(**held["weights"]),
+                again=prepared.again, sequence=sequence, weights=Weights(**held["weights"]),
             )  # fmt: skip
         began = time.perf_counter()
         recipe = choose_recipe(prepared, DEFAULTS, Reporter(), seed=0).recipe
@@ -176,7 +176,7 @@ def one_part(part: str, prepared: Prepared, recipe: Recipe, fitted: Fitted, seed
         lists = fitted.lists(recipe, config, seed=seed)
         ranker, _ = train_ranker(lists, config, seed=seed, training=RankerTraining(), linear=part == "linear")
     model = fitted.model(prepared, recipe, config, ranker, diversity)
-    new = Wanted(None if recipe.repeats else prepared.train_matrix)
+    new = Wanted(prepared.again.excluded(prepared.train, len(prepared.items)))
     return model.rank(prepared.train, num=DEPTH, wanted=new)[0], choosing
 
 
@@ -350,7 +350,7 @@ def main() -> None:
     kept = Kept(call.keep, f"{call.data}, {split.protocol}, {split.max_items} items, {'all' if repeats else 'new'}")
     if not kept.has("popularity", 0):
         _, tops = measure_baselines(
-            prepared.fit, prepared.validation, prepared.train, prepared.test, repeats=repeats,
+            prepared.fit, prepared.validation, prepared.train, prepared.test, again=prepared.again,
             on_progress=lambda _done, _text: None,
         )  # fmt: skip
         for name, top in tops.items():

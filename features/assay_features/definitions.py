@@ -207,10 +207,10 @@ class SinceLatest:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
-    """The entity's latest `length` values of a key column, oldest first. Online only."""
+    """The entity's latest `length` values of a key column, or of several side by side, oldest first. Online only."""
 
     entity: Entity
-    column: str
+    column: Entity
     length: int
 
     def __post_init__(self) -> None:
@@ -221,7 +221,7 @@ class Sequence:
     @property
     def name(self) -> str:
         """Such as `user__item__sequence__100`."""
-        return f"{entity_name(self.entity)}__{self.column}__sequence__{self.length}"
+        return f"{entity_name(self.entity)}__{entity_name(self.column)}__sequence__{self.length}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,7 +428,9 @@ class FeaturePlan:
         """Key columns that entities, sequences, distinct counts and filters need of every event."""
         columns: list[str] = [c for entity in self.entities for c in entity_columns(entity)]
         for definition in self.definitions:
-            if isinstance(definition, Sequence) or _counts_distinct(definition):
+            if isinstance(definition, Sequence):
+                columns.extend(entity_columns(definition.column))
+            elif _counts_distinct(definition):
                 columns.append(definition.column)  # type: ignore[union-attr,arg-type]
             where = getattr(definition, "where", None)
             if where is not None and where.values:

@@ -8,7 +8,17 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from assay_features.definitions import DAY_S, Decay, Definition, FeaturePlan, Sequence, SinceLatest, Window
+from assay_features.definitions import (
+    DAY_S,
+    Decay,
+    Definition,
+    Entity,
+    FeaturePlan,
+    Sequence,
+    SinceLatest,
+    Where,
+    Window,
+)
 from assay_features.schema import RecommendSchema
 
 RECENT_ITEMS = 100
@@ -16,7 +26,10 @@ _NEVER_S = 365 * DAY_S
 
 
 def item_plan(schema: RecommendSchema) -> FeaturePlan:
-    """Item: demand over a week, a month and decayed, rating, freshness. User: the latest items, online."""
+    """Item: demand over a week, a month and decayed, rating, freshness. User: the latest items, online.
+
+    Where users do several things, demand is counted of the last of them too, and what a user did is kept with the item.
+    """
     item = schema.item
     definitions: list[Definition] = [
         Window(entity=item, aggregate="count", length_s=7 * DAY_S),
@@ -26,7 +39,15 @@ def item_plan(schema: RecommendSchema) -> FeaturePlan:
     ]
     if schema.weight is not None:
         definitions.append(Window(entity=item, aggregate="mean", column=schema.weight, length_s=180 * DAY_S))
-    definitions.append(Sequence(entity=schema.user, column=schema.item, length=RECENT_ITEMS))
+    followed: Entity = item
+    if schema.action is not None:
+        wanted = Where(column=schema.action, values=schema.actions[-1:])
+        definitions += [
+            Window(entity=item, aggregate="count", length_s=30 * DAY_S, where=wanted),
+            Decay(entity=item, half_life_s=30 * DAY_S, where=wanted),
+        ]
+        followed = (item, schema.action)
+    definitions.append(Sequence(entity=schema.user, column=followed, length=RECENT_ITEMS))
     return FeaturePlan(tuple(definitions))
 
 

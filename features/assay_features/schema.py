@@ -201,13 +201,17 @@ class ItemTable:
 class RecommendSchema:
     """Interactions of users with items.
 
-    diversity_loss: the part of NDCG@10 that lists may lose for being diverse. rules: what every list keeps to.
+    action, actions: the column that says what a user did with an item, and its values, weakest first; lists are of what
+    users will do the last of them with. diversity_loss: the part of NDCG@10 that lists may lose for being diverse.
+    rules: what every list keeps to.
     """
 
     user: str
     item: str
     timestamp: str
     weight: str | None = None
+    action: str | None = None
+    actions: tuple[str, ...] = ()
     items: ItemTable | None = None
     split: Split = field(default_factory=Split)
     diversity_loss: float = 0.0
@@ -218,8 +222,12 @@ class RecommendSchema:
     label: None = None
 
     def __post_init__(self) -> None:
-        named = [n for n in (self.user, self.item, self.timestamp, self.weight) if n is not None]
-        _no_repeats("user, item, timestamp, weight", tuple(named))
+        named = [n for n in (self.user, self.item, self.timestamp, self.weight, self.action) if n is not None]
+        _no_repeats("user, item, timestamp, weight, action", tuple(named))
+        if (self.action is None) != (not self.actions):
+            raise SchemaError("[columns] action and [actions] order belong together; one of them is missing")
+        if len(self.actions) == 1 or len(set(self.actions)) != len(self.actions):
+            raise SchemaError(f"[actions] order = {list(self.actions)}; it must be two different actions or more")
         if not 0 <= self.diversity_loss < 1:
             raise SchemaError(f"[lists] diversity_loss = {self.diversity_loss}; allowed is 0 to below 1")
         for name in ("new_share", "explore"):
@@ -239,7 +247,7 @@ class RecommendSchema:
     @property
     def keys(self) -> tuple[str, ...]:
         """Columns read as strings."""
-        return (self.user, self.item)
+        return (self.user, self.item) if self.action is None else (self.user, self.item, self.action)
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -283,7 +291,7 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     columns = _table(document, "columns")
     split = Split(**_typed("[split]", _table(document, "split"), _SPLIT))
     if kind == "fraud":
-        for name in ("items", "lists"):
+        for name in ("items", "lists", "actions"):
             if name in document:
                 raise SchemaError(f"[{name}] belongs to kind = 'recommend'")
         if split.moments_us is not None:
@@ -306,7 +314,12 @@ def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     if document.get("items") is not None:
         items = ItemTable(**_typed("[items]", _table(document, "items"), _ITEMS, ("path", "id")))
     wanted = _typed("[columns]", columns, _RECOMMEND, ("user", "item", "timestamp"))
-    return RecommendSchema(**wanted, **_lists(_table(document, "lists")), items=items, split=split)
+    actions: dict[str, Any] = {}
+    if "actions" in document:
+        actions = _typed("[actions]", _table(document, "actions"), {"order": _STRINGS}, ("order",))
+    return RecommendSchema(
+        **wanted, actions=actions.get("order", ()), **_lists(_table(document, "lists")), items=items, split=split
+    )
 
 
 def schema_to_dict(schema: Schema) -> dict[str, Any]:
@@ -335,13 +348,15 @@ def schema_to_dict(schema: Schema) -> dict[str, Any]:
         rules = flat.pop("rules")
         rules["never"] = {column: list(values) for column, values in rules["never"].items()}
         document |= {"lists": {"diversity_loss": flat.pop("diversity_loss"), **rules}}
+        actions = flat.pop("actions")
+        document |= {"actions": {"order": actions}} if actions else {}
     items: Any = flat.pop("items", None)
     if items is not None:
         document["items"] = {k: list(v) if isinstance(v, tuple) else v for k, v in items.items()}
     return document | {"columns": flat}
 
 
-_TABLES = ("kind", "columns", "split", "items", "lists", "account", "labels", "constraints", "decisions")
+_TABLES = ("kind", "columns", "split", "items", "actions", "lists", "account", "labels", "constraints", "decisions")
 _STRING, _STRINGS, _NUMBER, _FLAG = "a string", "a list of strings", "a number", "true or false"
 _GROUPS, _CHOICES = "a list of lists of strings", "a table of lists of strings"
 _PAIR, _RANGES, _COSTS = "[low, high]", "a table of [low, high]", "a table of numbers"
@@ -353,7 +368,7 @@ _CONSTRAINTS = {
     "integer": _STRINGS, "increasing": _STRINGS, "decreasing": _STRINGS, "relations": _STRINGS,
     "bounds": _RANGES, "times": _RANGES, "values": _CHOICES,
 }  # fmt: skip
-_RECOMMEND = {"user": _STRING, "item": _STRING, "timestamp": _STRING, "weight": _STRING}
+_RECOMMEND = {"user": _STRING, "item": _STRING, "timestamp": _STRING, "weight": _STRING, "action": _STRING}
 _LISTS = {
     "diversity_loss": _NUMBER, "new_share": _NUMBER, "new_days": _NUMBER, "explore": _NUMBER, "at_most": _COSTS,
     "never": _CHOICES,

@@ -367,7 +367,7 @@ class EventStream:
             if not num_new:
                 continue
             if held.sequence is not None and seen is not None:
-                followed = mine.keys[held.sequence.column]
+                followed = entity_keys(held.sequence.column, mine)
                 for i, code in enumerate(codes):
                     if place[rows][i] > seen[code] and followed[i] is not None:
                         recent[code] = recent[code].with_event(int(mine.time_us[i]), followed[i], held.sequence.length)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from assay_features.definitions import Decay, FeaturePlan
-from assay_features.events import Events, canonical_key, events_from_records, timestamp_us
+from assay_features.events import KEY_SEPARATOR, Events, canonical_key, events_from_records, timestamp_us
 from assay_features.feast.repository import FeatureRepository
 from assay_features.items import ranker_columns
 from assay_features.schema import RecommendSchema, schema_from_dict
@@ -91,10 +91,15 @@ class ItemFeatures:
             self._popularity = None
         return report
 
-    def recent(self, user_column: str, user: str) -> list[tuple[int, str]]:
-        """Time and item of a user's newest events, oldest first."""
-        found = self._online.read({user_column: [user]}, [0]).sequences.get(user_column, [])
-        return [pair for recent in found for pair in zip(recent.time_us, recent.values, strict=True)]
+    def recent(self, schema: RecommendSchema, user: str) -> list[tuple[int, str, bool]]:
+        """Time and item of a user's newest events, oldest first, and whether they count as liked."""
+        found = self._online.read({schema.user: [user]}, [0]).sequences.get(schema.user, [])
+        events = (pair for recent in found for pair in zip(recent.time_us, recent.values, strict=True))
+        if schema.action is None:
+            # What is known of a newer event is when and what, so it counts as liked.
+            return [(time_us, item, True) for time_us, item in events]
+        parts = ((time_us, *value.rpartition(KEY_SEPARATOR)) for time_us, value in events)
+        return [(time_us, item, action == schema.actions[-1]) for time_us, item, _, action in parts]
 
 
 class ItemRecommender:
@@ -121,7 +126,7 @@ class ItemRecommender:
             raise ArtifactError(f"{folder}: features.json holds a schema for {schema.kind!r}")
         loaded = ItemRecommender(Recommender.load(folder), schema, FeaturePlan.from_dict(companion["plan"]), repository)
         model = loaded._model
-        history = model.history("", [(0, model.items[0])])
+        history = model.history("", [(0, model.items[0], True)])
         model.recommend(history, k=1, exclude=_NOTHING, store=loaded._features.of)
         return loaded
 
@@ -150,13 +155,12 @@ class ItemRecommender:
                 raise DataError(f"context.timestamp: {error}") from error
         self._grow()
         model = self._model
-        recent = self._features.recent(self.schema.user, user)
+        recent = self._features.recent(self.schema, user)
         history = model.history(user, recent, now_us=time_us)
         taken = np.unique(history.item)
-        leave_out = (not model.repeats) if exclude_seen is None else exclude_seen
         excluded, allowed = _filtered(model, context)
-        if leave_out:
-            excluded = np.union1d(taken, excluded)
+        if exclude_seen is not False:
+            excluded = np.union1d(model.had(history) if exclude_seen is None else taken, excluded)
         if not len(taken):
             popularity_I = self._features.popularity(time_us)
             if popularity_I is not None:
@@ -226,7 +230,10 @@ class ItemRecommender:
         for name in self.schema.keys:
             for i, value in enumerate(events.keys[name]):
                 if value is None:
-                    raise DataError(f"events[{i}].{name}: is empty; an interaction needs a user and an item")
+                    raise DataError(f"events[{i}].{name}: is empty; an interaction needs {', '.join(self.schema.keys)}")
+                if name == self.schema.action and value not in self.schema.actions:
+                    known = ", ".join(self.schema.actions)
+                    raise DataError(f"events[{i}].{name}: {value!r} is unknown; allowed are {known}")
         return events
 
     def add(self, events: Events) -> PushReport:

@@ -122,3 +122,20 @@ def test_all_that_a_fraud_schema_can_say_survives_the_round_trip() -> None:
     assert schema.constraints.bounds == {"a": (0, 5)}
     assert schema.decisions.costs is not None
     assert schema_from_dict(schema_to_dict(schema)) == schema
+
+
+def test_actions_and_their_column_belong_together() -> None:
+    columns = {**RECOMMEND["columns"], "action": "did"}
+    schema = schema_from_dict({**RECOMMEND, "columns": columns, "actions": {"order": ["view", "buy"]}})
+    assert isinstance(schema, RecommendSchema)
+    assert schema.keys[-1] == "did"
+    assert schema_from_dict(schema_to_dict(schema)) == schema
+    for document, message in (
+        ({"columns": columns}, "belong together"),
+        ({"actions": {"order": ["view", "buy"]}}, "belong together"),
+        ({"columns": columns, "actions": {"order": ["view"]}}, "two different actions"),
+        ({"columns": columns, "actions": {"order": ["view", "view"]}}, "two different actions"),
+        ({"columns": columns, "actions": {}}, "'order' is missing"),
+    ):
+        with pytest.raises(SchemaError, match=message):
+            schema_from_dict({**RECOMMEND, **document})

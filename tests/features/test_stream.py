@@ -264,3 +264,16 @@ def test_a_process_killed_at_any_point_loses_nothing_acknowledged(tmp_path: Path
     order = np.argsort([k for i in range(num_logged) for k in (i,)] + list(range(num_logged)), kind="stable")
     assert_same(stream, make([expected[k] for k in order]))
     shut(stream)
+
+
+def test_a_sequence_may_keep_several_columns_side_by_side(tmp_path: Path) -> None:
+    plan = FeaturePlan((Sequence(entity="card", column=("store", "amount"), length=2),))
+    events = make([(0, "a", "s", 1.0), (5, "a", "t", 2.5), (7, "b", "s", 3.0), (9, "a", "u", 4.0)])
+    stream = open_stream(tmp_path, plan=plan)
+    stream.push(events)
+    found = stream.read({"card": ["a", "b"]}, np.full(2, (T0 + 99) * US)).sequences["card"]
+    assert [recent.values for recent in found] == [("t\x1f2.5", "u\x1f4"), ("s\x1f3",)]
+    batch = final_states(plan, "card", events)
+    assert dict(zip(batch.keys, batch.sequences, strict=True)) == dict(zip("ab", found, strict=True))
+    assert FeaturePlan.from_dict(plan.to_dict()) == plan
+    shut(stream)

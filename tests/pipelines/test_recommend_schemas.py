@@ -1,5 +1,6 @@
 """The recommendation pipeline over kinds of tables: it trains, ranks, and never looks ahead."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from assay_pipelines.recommend.train import (
 )
 from assay_pipelines.recommend.train_graph import DEFAULTS
 from assay_platform.config import load_config
+from assay_platform.errors import DataError
 from assay_platform.models.recommender import Recommender
 from assay_platform.models.sources import Wanted
 
@@ -37,6 +39,7 @@ def table(num_events: int = 900, seed: int = 0) -> pd.DataFrame:
     )
     return pd.DataFrame({
         "user": [f"u{u}" for u in user], "item": [f"i{i}" for i in item], "rating": rng.integers(1, 6, num_events),
+        "did": rng.choice(["view", "click", "buy"], num_events, p=[0.5, 0.2, 0.3]),
         "time": np.sort(rng.integers(0, 100 * 86_400, num_events)) + 1_600_000_000,
     })  # fmt: skip
 
@@ -68,10 +71,11 @@ def trained(data: Prepared) -> Recommender:
     ranker, _ = train_ranker(lists, data.ranker_config, seed=0, training=RankerTraining(num_epochs=1))
     return Recommender(
         ranker=ranker, config=data.ranker_config, users=data.users, items=data.items, histories=data.train,
-        sources=sources, store_features_IF=data.item_features(data.train_rows, data.train), repeats=recipe.repeats,
+        sources=sources, store_features_IF=data.item_features(data.train_rows, data.train), again=recipe.again,
     )  # fmt: skip
 
 
+ACTIONS: dict[str, Any] = {"columns": {"action": "did"}, "actions": {"order": ["view", "click", "buy"]}}
 VARIATIONS: dict[str, dict[str, Any]] = {
     "by time, bought again": {"split": {"repeats": True}},
     "by time, new things only": {"split": {}},
@@ -79,6 +83,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "at random, rated": {"split": {"protocol": "random"}, "columns": {"weight": "rating"}},
     "the last left out": {"split": {"protocol": "leave-last-out", "repeats": True}},
     "with an item table": {"split": {"protocol": "random"}, "items": ITEMS},
+    "of several actions": {"split": {}, **ACTIONS},
+    "of several actions, again": {"split": {"protocol": "leave-last-out", "repeats": True}, **ACTIONS},
 }
 
 
@@ -86,7 +92,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_table_trains_and_ranks(name: str, tmp_path: Path) -> None:
     data = prepared(tmp_path, table(), **{k: dict(v) for k, v in VARIATIONS[name].items()})
     model = trained(data)
-    seen = None if model.repeats else data.train_matrix
+    seen = data.again.excluded(data.train, len(data.items))
     top, _ = model.rank(data.train, num=20, wanted=Wanted(seen))
     metrics = ranking_metrics(top, data.test, data.train_matrix)
     assert all(np.isfinite(value) for value in metrics.values())
@@ -103,13 +109,17 @@ def test_holdouts_keep_their_labels_from_what_is_seen(name: str, tmp_path: Path)
     holdouts = data.holdouts(data.parts.fit)
     assert holdouts
     for holdout in holdouts:
-        assert holdout.wanted.nnz
+        assert len(holdout.wanted) == len(data.tasks)
+        assert all(wanted.nnz for wanted in holdout.wanted)
+        for stronger, weaker in pairwise(holdout.wanted):
+            assert not (stronger > weaker).nnz, "whoever bought has looked"
         seen_events = len(holdout.seen.item)
         assert 0 < seen_events < len(data.parts.fit)
         if data.schema.split.protocol != "random":
             assert (holdout.seen.time_us <= holdout.seen.now_us[holdout.seen.users()]).all()
-        if not data.schema.split.repeats:
-            assert not holdout.wanted.multiply(holdout.seen.matrix(len(data.items))).nnz
+        excluded = data.again.excluded(holdout.seen, len(data.items))
+        if excluded is not None:
+            assert not any(wanted.multiply(excluded).nnz for wanted in holdout.wanted)
 
 
 def test_the_future_changes_nothing(tmp_path: Path) -> None:
@@ -146,3 +156,27 @@ def test_the_limit_on_items_counts_what_is_known_before_the_test(tmp_path: Path)
     data = prepared(tmp_path, frame, split={"repeats": True, "max_items": 10})
     assert len(data.items) == 10
     assert "only in the future" not in data.items
+
+
+def test_lists_are_of_what_users_will_buy(tmp_path: Path) -> None:
+    frame = table()
+    data = prepared(tmp_path, frame, split={}, **{name: dict(value) for name, value in ACTIONS.items()})
+    assert list(data.tasks) == ["buy", "click", "view"]
+    bought = (frame["did"] == "buy").to_numpy()
+    rows = data.parts.test[bought[data.parts.test]]
+    pairs = set(zip(data.user[rows].tolist(), data.item[rows].tolist(), strict=True))
+    before = data.train_rows[bought[data.train_rows]]
+    had = set(zip(data.user[before].tolist(), data.item[before].tolist(), strict=True))
+    assert set(zip(*(side.tolist() for side in data.test.nonzero()), strict=True)) == pairs - had
+    model = trained(data)
+    assert model._ranker.mix_T.tolist() == [1.0, 0.0, 0.0]
+    other = model._ranker.mixed(0.5)
+    assert other.mix_T.tolist() == [1.0, 0.5, 0.5]
+    assert model._ranker.mix_T.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_an_action_that_the_schema_does_not_name_is_an_error(tmp_path: Path) -> None:
+    frame = table()
+    frame.loc[7, "did"] = "stole"
+    with pytest.raises(DataError, match=r"column 'did', row 8: 'stole' is unknown; allowed are view, click, buy"):
+        prepared(tmp_path, frame, split={}, **{name: dict(value) for name, value in ACTIONS.items()})

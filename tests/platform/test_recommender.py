@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from assay_platform.errors import ArtifactError
 from assay_platform.models.content import ItemFacts, fit_content_map
-from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, Histories, OwnPast
+from assay_platform.models.histories import DAY_US, HALF_LIVES_D, OWN_FEATURES, Again, Histories, OwnPast
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression, together
 from assay_platform.models.list_rules import ListRules
 from assay_platform.models.lists import varied
@@ -47,7 +47,7 @@ def facts_of(num: int = NUM_ITEMS) -> ItemFacts:
 def model_of(
     histories: Histories,
     *,
-    repeats: bool,
+    again: Again,
     config: RankerConfig = PLAIN,
     num_head: int = NUM_ITEMS,
     ordered: bool = False,
@@ -78,13 +78,13 @@ def model_of(
             regression, liked, vectors, past, facts, content, head, sequence, Weights(graph=0.5, sequence=0.25)
         ),
         store_features_IF=np.zeros((NUM_ITEMS, 0), dtype=np.float32),
-        repeats=repeats,
+        again=again,
     )
 
 
 @pytest.fixture(scope="module")
 def recommender() -> Recommender:
-    return model_of(made_up(300), repeats=False)
+    return model_of(made_up(300), again=Again.NOTHING)
 
 
 @pytest.mark.parametrize("k", [5, 50])
@@ -120,26 +120,26 @@ def test_one_user_gets_what_a_batch_gets(recommender: Recommender) -> None:
 
 def test_where_items_are_taken_again_a_users_own_are_among_the_candidates() -> None:
     histories = made_up(200)
-    model = model_of(histories, repeats=True, config=RankerConfig(num_candidates=20))
-    found = model.sources.candidates(histories, 20, nothing_stored, repeats=True)
+    model = model_of(histories, again=Again.ALL, config=RankerConfig(num_candidates=20))
+    found = model.sources.candidates(histories, 20, nothing_stored, own_past=True)
     for user in range(NUM_USERS):
         own = set(histories.part(user, user + 1).item.tolist())
         assert own <= set(found.item[user].tolist())
         assert set(found.item[user, : len(own)].tolist()) == own
 
 
-@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("again", Again)
 @pytest.mark.parametrize("num_head", [2, 20, NUM_ITEMS])
-def test_beyond_the_head_nothing_is_lost(num_head: int, repeats: bool) -> None:
+def test_beyond_the_head_nothing_is_lost(num_head: int, again: Again) -> None:
     """The best of all items by the definition of their scores, whichever of them are looked up in the index."""
     histories = made_up(200)
-    model = model_of(histories, repeats=repeats, num_head=num_head, ordered=True)
+    model = model_of(histories, again=again, num_head=num_head, ordered=True)
     sources = model.sources
     assert sources.sequence is not None
     seen, rng = histories.matrix(NUM_ITEMS), np.random.default_rng(1)
     allowed = rng.random(NUM_ITEMS) < 0.8
-    wanted = Wanted(None if repeats else seen, allowed)
-    found = sources.candidates(histories, 15, nothing_stored, repeats=repeats, wanted=wanted)
+    wanted = Wanted(again.excluded(histories, NUM_ITEMS), allowed)
+    found = sources.candidates(histories, 15, nothing_stored, own_past=again.own_past, wanted=wanted)
     regression = np.zeros((NUM_USERS, NUM_ITEMS), dtype=np.float32)
     regression[:, sources.head] = sources.regression.scores(seen)
     graph = np.column_stack([sources.user_vectors(seen), np.ones(NUM_USERS)]) @ sources.vectors.stacked().T
@@ -150,14 +150,14 @@ def test_beyond_the_head_nothing_is_lost(num_head: int, repeats: bool) -> None:
 
     sequence = sources.sequence.users(histories) @ sources.sequence.stacked().T
     score = z(regression) + 0.5 * z(graph) + 0.25 * z(sequence)
-    if repeats:
+    if again.own_past:
         own = OwnPast(histories, NUM_ITEMS)
         for user in range(NUM_USERS):
             mine = np.flatnonzero(own.user == user)
             mine = mine[np.argsort(-own.decayed(-1)[mine], kind="stable")][:11]
             score[user, own.item[mine]] += 100 + own.decayed(-1)[mine]
-    else:
-        score[seen.nonzero()] = -np.inf
+    if wanted.excluded is not None:
+        score[wanted.excluded.nonzero()] = -np.inf
     score[:, ~allowed] = -np.inf
     for user in range(NUM_USERS):
         best = np.sort(score[user])[::-1][:15]
@@ -189,13 +189,14 @@ def test_a_new_item_is_found_at_once(recommender: Recommender) -> None:
 
 def test_new_events_count_and_what_is_known_counts_once(recommender: Recommender) -> None:
     known = recommender.history("u0")
-    again = [(int(t), f"i{i}") for t, i in zip(known.time_us, known.item, strict=True)]
+    again = [(int(t), f"i{i}", True) for t, i in zip(known.time_us, known.item, strict=True)]
     same = recommender.history("u0", again)
     np.testing.assert_array_equal(same.item, known.item)
-    newer = recommender.history("u0", [*again, (END_US + 5, "i3"), (END_US + 6, "never heard of")])
+    newer = recommender.history("u0", [*again, (END_US + 5, "i3", False), (END_US + 6, "never heard of", True)])
     assert newer.item[-1] == 3
+    assert not newer.liked[-1]
     assert newer.now_us[0] == END_US + 6
-    earlier = recommender.history("u0", [*again, (END_US + 5, "i3")], now_us=50 * DAY_US)
+    earlier = recommender.history("u0", [*again, (END_US + 5, "i3", True)], now_us=50 * DAY_US)
     assert (earlier.time_us < 50 * DAY_US).all()
     assert len(earlier.item) < len(known.item)
 
@@ -215,7 +216,7 @@ def test_saved_and_loaded_it_answers_alike_and_refuses_unknown_features(
 
 def test_a_ranker_of_few_features_ignores_the_others() -> None:
     histories = made_up(300)
-    model = model_of(histories, repeats=False, config=RankerConfig(features=("log_popularity",)))
+    model = model_of(histories, again=Again.NOTHING, config=RankerConfig(features=("log_popularity",)))
     top, score = model.rank(histories, num=10)
     takers = ItemPast.of(histories, NUM_ITEMS).takers
     for user in range(NUM_USERS):
@@ -360,7 +361,7 @@ def test_variety_leaves_scores_in_order_without_weight_and_excluded_items_last()
 
 
 def test_likeness_is_the_cosine_of_categories_or_else_of_the_graph() -> None:
-    sources = model_of(made_up(300), repeats=False).sources
+    sources = model_of(made_up(300), again=Again.NOTHING).sources
     items = np.array([[3, 8, 1], [2, 0, 9]])
     names = [str(i) for i in range(NUM_ITEMS)]
     unknown = ItemFacts.of(names, {}, text=(), categorical=())
@@ -376,7 +377,7 @@ def test_likeness_is_the_cosine_of_categories_or_else_of_the_graph() -> None:
 
 
 def test_a_diverse_model_saves_its_weight_and_lists_differ_more(tmp_path: Path) -> None:
-    plain, diverse = model_of(made_up(300), repeats=False), model_of(made_up(300), repeats=False)
+    plain, diverse = model_of(made_up(300), again=Again.NOTHING), model_of(made_up(300), again=Again.NOTHING)
     diverse.diversity = 200.0
     diverse.save(tmp_path / "model", {})
     assert Recommender.load(tmp_path / "model").diversity == 200.0
@@ -413,7 +414,7 @@ def test_rules_hold_in_every_list(recommender: Recommender) -> None:
 
 
 def test_new_items_have_their_share_of_every_list() -> None:
-    model = model_of(made_up(300), repeats=False)
+    model = model_of(made_up(300), again=Again.NOTHING)
     rows = [{"title": f"Item no {i}", "kind": f"k{i}"} for i in range(4)]
     none = np.zeros((4, 0), dtype=np.float32)
     longer = model.extended([f"new{i}" for i in range(4)], rows, now_us=END_US, store_features_NF=none)
@@ -449,11 +450,11 @@ def test_chance_has_the_last_place_as_often_as_it_says(recommender: Recommender)
 
 def test_as_if_new_nothing_is_known_of_an_item_but_its_words() -> None:
     histories = made_up(300)
-    model = model_of(histories, repeats=True, ordered=True)
+    model = model_of(histories, again=Again.ALL, ordered=True)
     hidden = np.arange(NUM_ITEMS) % 4 == 1
     sources = model.sources.as_if_new(hidden)
     seen = histories.where(~hidden[histories.item])
-    found = sources.candidates(seen, 12, nothing_stored, repeats=True, wanted=Wanted(allowed=hidden))
+    found = sources.candidates(seen, 12, nothing_stored, own_past=True, wanted=Wanted(allowed=hidden))
     assert hidden[found.item].all()
     by_name = dict(zip(PAIR_FEATURES, np.moveaxis(found.features, -1, 0), strict=True))
     for name in ("regression", "log_popularity", "share_who_repeat", "days_a_taker", "own_days"):

@@ -10,8 +10,9 @@ from assay_features.feast.repository import FeatureRepository
 from assay_features.items import item_plan
 from assay_features.schema import ItemTable, RecommendSchema
 from assay_pipelines.recommend.off_policy import Shown
+from assay_platform.errors import DataError
 from assay_platform.models.content import ItemFacts, fit_content_map
-from assay_platform.models.histories import DAY_US, Histories
+from assay_platform.models.histories import DAY_US, Again, Histories
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.list_rules import ListRules
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
@@ -25,7 +26,7 @@ TABLE = ItemTable(path="items.csv", id="item", text=("title",), categorical=("ki
 SCHEMA = RecommendSchema(user="user", item="item", timestamp="time", items=TABLE)
 
 
-def model() -> Recommender:
+def model(again: Again = Again.NOTHING) -> Recommender:
     rng = np.random.default_rng(0)
     now_us = 100 * DAY_US
     histories = Histories.of(
@@ -41,7 +42,7 @@ def model() -> Recommender:
     config = RankerConfig(num_store_features=len(item_plan(SCHEMA).numeric_names))
     return Recommender(
         ranker=PairRanker(config), config=config, users=[f"u{u}" for u in range(NUM_USERS)], items=items,
-        histories=histories, repeats=False, use_ranker=False,
+        histories=histories, again=again, use_ranker=False,
         sources=Sources(regression, None, vectors, past, facts, content, past.head(NUM_ITEMS)),
         store_features_IF=np.zeros((NUM_ITEMS, config.num_store_features), dtype=np.float32),
     )  # fmt: skip
@@ -95,3 +96,26 @@ def test_items_told_to_one_process_are_known_to_another_and_after_a_restart(repo
         items, _ = service.recommend("u1", k=5, exclude_seen=None, context=only)
         assert [item.item_id for item in items] == ["new"]
         assert items[0].title == "Item 3"
+
+
+def test_what_was_only_looked_at_may_be_in_a_list_and_what_was_bought_may_not(repository: FeatureRepository) -> None:
+    schema = replace(SCHEMA, action="did", actions=("view", "buy"))
+    plan = item_plan(schema)
+    service = ItemRecommender(model(Again.UNDONE), schema, plan, repository)
+    at = 200 * 86_400
+    events = [
+        {"user": "new one", "item": "i3", "did": "view", "time": at},
+        {"user": "new one", "item": "i4", "did": "buy", "time": at + 1},
+    ]
+    service.add(service.parse_events(events))
+    shown = {
+        seen: [item.item_id for item in service.recommend("new one", k=NUM_ITEMS, exclude_seen=seen, context={})[0]]
+        for seen in (None, True, False)
+    }
+    assert set(shown[False]) - set(shown[None]) == {"i4"}
+    assert set(shown[False]) - set(shown[True]) == {"i3", "i4"}
+    assert shown[None][0] == "i3", "the sources put what was looked at last first"
+    with pytest.raises(DataError, match=r"events\[0\].did: 'stole' is unknown; allowed are view, buy"):
+        service.parse_events([{**events[0], "did": "stole"}])
+    with pytest.raises(DataError, match=r"events\[0\].did: is missing"):
+        service.parse_events([{key: value for key, value in events[0].items() if key != "did"}])

@@ -75,8 +75,10 @@ def load_table(path: Path, schema: Schema) -> LoadedTable:
         if schema.id is not None:
             ids = _ids(frame[schema.id], path)
     else:
-        for name in (schema.user, schema.item):
+        for name in schema.keys:
             _none_missing(keys[name], name, path)
+        if schema.action is not None:
+            _all_known(keys[schema.action], schema.action, schema.actions, path)
     events = Events(time_us=time_us, keys=keys, numbers=numbers, ids=ids, labels=labels)
     events = with_accounts(events.take(np.argsort(time_us, kind="stable")), schema)
     return LoadedTable(events, path, _fingerprint(path), events)
@@ -485,6 +487,13 @@ def _none_missing(values: Keys, column: str, path: Path) -> None:
     missing = np.array([value is None for value in values], dtype=bool)
     if missing.any():
         raise _bad(path, column, int(missing.argmax()), "the value is missing")
+
+
+def _all_known(values: Keys, column: str, allowed: Sequence[str], path: Path) -> None:
+    unknown = ~np.isin(values.astype(str), allowed)
+    if unknown.any():
+        row = int(unknown.argmax())
+        raise _bad(path, column, row, f"{values[row]!r} is unknown; allowed are {', '.join(allowed)}")
 
 
 def _fingerprint(path: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sp
-from assay_platform.models.histories import DAY_US, Floats, Histories
+from assay_platform.models.histories import DAY_US, Again, Floats, Histories
 from numpy.typing import NDArray
 
 from assay_pipelines.recommend.evaluate import Lists, best_items, ranking_metrics
@@ -42,12 +42,13 @@ def measure_baselines(
     train: Histories,
     test: sp.csr_matrix,
     *,
-    repeats: bool,
+    again: Again,
     on_progress: Callable[[float, str], None],
 ) -> tuple[dict[str, dict[str, float]], dict[str, NDArray[np.int64]]]:
     """Each with what is best on validation, refitted on train (fit + validation); and its lists of the test part."""
     num_items = test.shape[1]
     seen = {"fit": fit.matrix(num_items), "train": train.matrix(num_items)}
+    excluded = {"fit": again.excluded(fit, num_items), "train": again.excluded(train, num_items)}
 
     def ease(part: str, penalty: float) -> Lists:
         # A matrix of all pairs of items is for those taken most; the others have no score.
@@ -60,15 +61,15 @@ def measure_baselines(
             found[:, head] = taken[first:end] @ weights
             return found
 
-        return best_items(scores, seen[part], repeats=repeats)
+        return best_items(scores, test.shape, excluded[part])
 
     def frequency(part: str, half_life_d: float) -> Lists:
         weights = frequencies(fit if part == "fit" else train, num_items, half_life_d)
-        return best_items(lambda first, end: weights[first:end].toarray(), seen[part], repeats=repeats)
+        return best_items(lambda first, end: weights[first:end].toarray(), test.shape, excluded[part])
 
     rivals: dict[str, tuple[str, tuple[float, ...], Callable[[str, float], Lists]]]
     rivals = {"ease": ("penalty", PENALTIES, ease)}
-    if repeats:
+    if again.own_past:
         rivals["frequency"] = ("half_life_days", HALF_LIVES_D, frequency)
     steps = sum(len(values) for _, values, _ in rivals.values()) + 1
     done = 0
@@ -87,8 +88,6 @@ def measure_baselines(
             "validation_ndcg_at_10": max(reached),
         }
     counts = np.asarray(seen["train"].sum(0), dtype=np.float32).ravel()
-    tops["popularity"] = best_items(
-        lambda first, end: np.tile(counts, (end - first, 1)), seen["train"], repeats=repeats
-    )
+    tops["popularity"] = best_items(lambda first, end: np.tile(counts, (end - first, 1)), test.shape, excluded["train"])
     found["popularity"] = ranking_metrics(tops["popularity"], test, seen["train"])
     return found, tops

@@ -19,17 +19,19 @@ Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 
-def best_items(scores: Callable[[int, int], NDArray[np.float32]], seen: sp.csr_matrix, *, repeats: bool) -> Lists:
-    """(U, DEPTH) items by descending score. scores: (n, I) of the users from one to below another. seen (U, I): left
-    out unless repeats count.
+def best_items(
+    scores: Callable[[int, int], NDArray[np.float32]], shape: tuple[int, int], excluded: sp.csr_matrix | None
+) -> Lists:
+    """(U, DEPTH) items by descending score. scores: (n, I) of the users from one to below another. shape: (U, I).
+    excluded (U, I): left out.
     """
-    num_users, num_items = seen.shape
+    num_users, num_items = shape
     step, tops = max(1, _CELLS // num_items), []
     for first in range(0, num_users, step):
         end = min(first + step, num_users)
         found = scores(first, end)
-        if not repeats:
-            found[seen[first:end].nonzero()] = -np.inf
+        if excluded is not None:
+            found[excluded[first:end].nonzero()] = -np.inf
         tops.append(top_candidates(found, DEPTH))
     return np.concatenate(tops)
 

@@ -15,7 +15,7 @@ from assay_features.events import Events
 from assay_features.items import item_plan, ranker_columns
 from assay_features.schema import RecommendSchema, schema_to_dict
 from assay_platform.models.content import ItemFacts
-from assay_platform.models.histories import Floats, Histories, Index
+from assay_platform.models.histories import Again, Flags, Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
 from assay_platform.models.sources import Sources, Wanted, Weights
@@ -59,6 +59,8 @@ _NUM_FOLDS, _NUM_HOLDOUTS = 5, 3
 _CUTS = (1.0, 1.5, 2.0, 2.5)
 _MIN_SEEN = 0.4  # of the time must be before a cut
 _MIN_DISLIKED = 0.1
+# How much the logits of other tasks may count, beside 0.
+_TASK_SHARES = (0.1, 0.3)
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _DIVERSITIES = (0.0, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.2)
 _METRIC = "ndcg_at_10"
@@ -86,13 +88,15 @@ class Prepared:
             stage.update(1.0, f"{len(events):,} rows, {len(users):,} users, {len(items):,} items")
         self.parts: Parts = self._split(self.user, events)
         self.train_rows: Rows = np.sort(np.r_[self.parts.fit, self.parts.validation])
-        weight = None if self.schema.weight is None else events.numbers[self.schema.weight]
-        self.liked = None if weight is None else _liked(weight, self.train_rows)
+        self.liked, self.tasks = self._tasks(events)
+        self.again = Again.ALL if self.schema.split.repeats else Again.NOTHING
+        if self.schema.action is not None and not self.schema.split.repeats:
+            self.again = Again.UNDONE
         self.fit = self.histories(self.parts.fit, self._asked_at(self.parts.validation))
         self.train = self.histories(self.train_rows, self._asked_at(self.parts.test))
         self.fit_matrix, self.train_matrix = self.fit.matrix(len(items)), self.train.matrix(len(items))
-        self.validation = self._wanted(self.parts.validation, self.fit_matrix)
-        self.test = self._wanted(self.parts.test, self.train_matrix)
+        self.validation = self._wanted(self.parts.validation, self.fit)[0]
+        self.test = self._wanted(self.parts.test, self.train)[0]
         table = self.schema.items
         known = load_items(table, options.schema_folder) if table is not None else {}
         with reporter.stage("load", "Read what is known of items"):
@@ -109,7 +113,7 @@ class Prepared:
     @property
     def ranker_config(self) -> RankerConfig:
         """The ranker's shape for these features."""
-        return RankerConfig(num_store_features=len(self.plan.numeric_names))
+        return RankerConfig(num_store_features=len(self.plan.numeric_names), tasks=tuple(self.tasks))
 
     def _split(self, user: NDArray[np.int64], events: Events) -> Parts:
         return split_interactions(user, self.schema.split, seed=self.options.seed, time_us=events.time_us)
@@ -120,7 +124,7 @@ class Prepared:
         known = np.arange(len(events))
         if self.schema.split.protocol == "temporal":
             known = known[: self._split(pd.factorize(events.keys[self.schema.user])[0], events).test[0]]
-        counts = pd.Series(items[known]).value_counts()
+        counts = pd.Series(items[known]).value_counts().sort_index().sort_values(ascending=False, kind="stable")
         if self.schema.split.max_items is None or len(counts) <= self.schema.split.max_items:
             return events
         most = int(self.schema.split.max_items)
@@ -152,14 +156,27 @@ class Prepared:
         """(U, I) 0/1 matrix of some interactions."""
         return self.histories(rows, 0).matrix(len(self.items))
 
-    def _wanted(self, rows: Rows, seen: sp.csr_matrix) -> sp.csr_matrix:
-        """What a list should contain: interactions of a later part, without repeats unless they count."""
-        wanted = self.matrix(rows)
-        if self.schema.split.repeats:
-            return wanted
-        wanted = sp.csr_matrix(wanted - wanted.multiply(seen))
-        wanted.eliminate_zeros()
-        return wanted
+    def _tasks(self, events: Events) -> tuple[Flags | None, dict[str, Flags | None]]:
+        """Which events are liked, and which count for each task; None: all."""
+        if self.schema.action is None:
+            weight = None if self.schema.weight is None else events.numbers[self.schema.weight]
+            return (None if weight is None else _liked(weight, self.train_rows)), {"taken": None}
+        names = list(self.schema.actions)
+        level = pd.Categorical(events.keys[self.schema.action], names).codes
+        # Whoever bought has looked, whether or not an event says so.
+        by_task = {name: level >= place for place, name in enumerate(names)}
+        return by_task[names[-1]], dict(reversed(by_task.items()))
+
+    def _wanted(self, rows: Rows, seen: Histories) -> list[sp.csr_matrix]:
+        """What a list should contain, by task: interactions of a later part, without what lists leave out."""
+        excluded, found = self.again.excluded(seen, len(self.items)), []
+        for counts in self.tasks.values():
+            wanted = self.matrix(rows if counts is None else rows[counts[rows]])
+            if excluded is not None:
+                wanted = sp.csr_matrix(wanted - wanted.multiply(excluded))
+                wanted.eliminate_zeros()
+            found.append(wanted)
+        return found
 
     def holdouts(self, rows: Rows) -> list[Holdout]:
         """What the ranker learns from, out of these interactions alone."""
@@ -184,7 +201,7 @@ class Prepared:
 
     def _holdout(self, seen: Rows, labels: Rows) -> Holdout:
         histories = self.histories(seen, self._asked_at(labels))
-        wanted = self._wanted(labels, histories.matrix(len(self.items)))
+        wanted = self._wanted(labels, histories)
         of_nothing = self.item_features(seen[:0], histories)
         return Holdout(histories, wanted, self.item_features(seen, histories), of_nothing[0])
 
@@ -235,13 +252,14 @@ def tune_recommend(options: RunOptions, reporter: Reporter) -> SearchResult:
 
 
 def _search(options: RunOptions, reporter: Reporter, run: Any, prepared: Prepared) -> SearchResult:
-    repeats, graph = prepared.schema.split.repeats, item_graph(prepared.fit, prepared.facts, RegressionConfig())
+    graph = item_graph(prepared.fit, prepared.facts, RegressionConfig())
+    excluded = prepared.again.excluded(prepared.fit, len(prepared.items))
     return run_search(
         options,
         reporter,
         run,
         objective=objective,
-        data=EncoderData(fit=graph, validation=prepared.validation, repeats=repeats),
+        data=EncoderData(fit=graph, validation=prepared.validation, excluded=excluded),
         space=SPACE,
         defaults={**DEFAULTS, "seed": options.seed},
         max_epochs=int(DEFAULTS["num_epochs"]),
@@ -258,7 +276,6 @@ class Ranking(NamedTuple):
 def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     """The whole pipeline, through to a registered version."""
     prepared = Prepared(options, reporter)
-    repeats = prepared.schema.split.repeats
     # Rows are part of the identity: another limit or split is another validation part.
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:{options.seed}"
     with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
@@ -291,13 +308,15 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
         model = _recommender(prepared, prepared.train, refitted.sources, refitted.store_IF, ranking, diversity)
         with reporter.stage("evaluate", "Rank the test part"):
             metrics = _measure(model, prepared.train, prepared.test)
-        with reporter.stage("baseline", "EASE, popularity" + (", own frequency" if repeats else "")) as stage:
+        with reporter.stage(
+            "baseline", "EASE, popularity" + (", own frequency" if prepared.again.own_past else "")
+        ) as stage:
             baselines, _ = measure_baselines(
                 prepared.fit,
                 prepared.validation,
                 prepared.train,
                 prepared.test,
-                repeats=repeats,
+                again=prepared.again,
                 on_progress=stage.update,
             )
         store_IF = prepared.publish_features()
@@ -375,10 +394,10 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
     split = prepared.schema.split
     with reporter.stage("train", "Choose the regression") as stage:
         regression = choose_regression(
-            prepared.fit, prepared.validation, repeats=split.repeats, on_progress=stage.update
+            prepared.fit, prepared.validation, again=prepared.again, on_progress=stage.update
         )
     sequence = None if split.protocol == "random" else SequenceTraining()
-    recipe = Recipe(graph=graph, regression=regression, facts=prepared.facts, repeats=split.repeats, sequence=sequence)
+    recipe = Recipe(graph=graph, regression=regression, facts=prepared.facts, again=prepared.again, sequence=sequence)
     with reporter.stage("train", "Fit the sequence encoder" if sequence else "Fit the first holdout"):
         earliest = fit_earliest(prepared.holdouts(prepared.parts.fit), recipe, seed=seed)
     with reporter.stage("train", "Weigh the sources") as stage:
@@ -432,6 +451,8 @@ def trained(
     with reporter.stage("train", "Train the MoE ranker") as stage:
         ranker, routing = train_ranker(lists, config, seed=seed, training=RankerTraining(), on_progress=stage.update)
     rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}
+    for share in _TASK_SHARES if len(config.tasks) > 1 else ():
+        rankings[f"MoE + {share:g} of other tasks"] = Ranking(ranker.mixed(share), routing)
     return Trained(sources, store_IF, rankings)
 
 
@@ -469,7 +490,7 @@ def _recommender(
         histories=histories,
         sources=sources,
         store_features_IF=store_IF,
-        repeats=prepared.schema.split.repeats,
+        again=prepared.again,
         use_ranker=ranking.routing is not None,
         diversity=diversity,
     )
@@ -478,7 +499,7 @@ def _recommender(
 def _measure(model: Recommender, histories: Histories, wanted: sp.csr_matrix) -> dict[str, float]:
     seen = histories.matrix(wanted.shape[1])
     num = min(DEPTH, wanted.shape[1])
-    top, _ = model.rank(histories, num=num, wanted=Wanted(None if model.repeats else seen))
+    top, _ = model.rank(histories, num=num, wanted=Wanted(model.again.excluded(histories, wanted.shape[1])))
     return ranking_metrics(top, wanted, seen)
 
 
@@ -494,7 +515,7 @@ def _champion_ndcg(folder: Path, prepared: Prepared) -> float:
         user, place[seen.item[kept]], seen.time_us[kept], num_users=seen.num_users, now_us=seen.now_us,
         liked=seen.liked[kept],
     )  # fmt: skip
-    excluded = None if model.repeats else histories.matrix(len(model.items))
+    excluded = model.again.excluded(histories, len(model.items))
     top, _ = model.rank(histories, num=min(DEPTH, len(model.items)), wanted=Wanted(excluded))
     back = np.full(len(model.items), -1, dtype=np.int64)
     back[place[known]] = known

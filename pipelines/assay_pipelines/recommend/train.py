@@ -4,7 +4,7 @@ The ranker must learn from interactions that its inputs have not seen, or it lea
 of a few holdouts all sources are fitted without part of the interactions, which are then the labels.
 """
 
-# U users, I items, D width of a vector, C candidates, F features of a pair
+# U users, I items, D width of a vector, C candidates, F features of a pair, T tasks
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import torch
 from assay_platform.models.content import ItemFacts, fit_content_map
 from assay_platform.models.graph import ItemGraph
-from assay_platform.models.histories import Floats, Histories, Index
+from assay_platform.models.histories import Again, Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.recommender import PairRanker, RankerConfig
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
@@ -34,6 +34,7 @@ _MASKED_OUT = -1e9
 _LISTS_A_CHUNK = 256
 # What a ranker learns from: at most so many lists, and beside them a part again that knows so few events of a user.
 _MOST_LISTS, _SHORTENED, _SHORTEST = 20_000, 0.1, 5
+_OTHER_TASKS = 0.3  # of the first task's weight in the loss
 _HIDDEN = 0.2  # of the items, in lists of what nobody has taken yet
 # What the regression's search tries; seconds from a quick succession of ratings to a day's shopping.
 _PENALTIES = (250.0, 500.0, 1000.0)
@@ -44,12 +45,13 @@ def choose_regression(
     histories: Histories,
     wanted: sp.csr_matrix,
     *,
-    repeats: bool,
+    again: Again,
     on_progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> RegressionConfig:
     """The penalty, then the closeness in time, that rank the validation part best."""
     num_items = wanted.shape[1]
     seen, head = histories.matrix(num_items), ItemPast.of(histories, num_items).head(MAX_HEAD)
+    excluded = again.excluded(histories, num_items)
     measured: dict[RegressionConfig, float] = {}
     grid = [RegressionConfig(penalty=penalty) for penalty in _PENALTIES]
 
@@ -64,7 +66,7 @@ def choose_regression(
             found[:, head] = regression.scores(seen[first:end])
             return found
 
-        top = best_items(scores, seen, repeats=repeats)
+        top = best_items(scores, wanted.shape, excluded)
         measured[config] = ranking_metrics(top, wanted, seen)["ndcg_at_10"]
         on_progress(len(measured) / (len(_PENALTIES) + len(_CLOSENESS_S)), f"NDCG@10 {measured[best()]:.3f}")
 
@@ -83,7 +85,7 @@ class Recipe:
     graph: Mapping[str, Any]
     regression: RegressionConfig
     facts: ItemFacts
-    repeats: bool
+    again: Again
     sequence: SequenceTraining | None = None
     weights: Weights = NO_MORE
 
@@ -116,13 +118,13 @@ def fit_sources(histories: Histories, recipe: Recipe, *, seed: int, sequence: Se
 
 
 class Holdout(NamedTuple):
-    """One way to divide interactions: what sources see, and what is to be predicted of the same users.
+    """One way to divide interactions: what sources see, and what is to be predicted of the same users, by task.
 
     store_IF: item features of the store at the histories' moment; new_S: those of an item without events.
     """
 
     seen: Histories
-    wanted: sp.csr_matrix
+    wanted: list[sp.csr_matrix]
     store_IF: Floats
     new_S: Floats
 
@@ -135,7 +137,7 @@ class Lists(NamedTuple):
     """Candidates of users with something to find among them."""
 
     features_UCF: Tensor
-    wanted_UC: Tensor
+    wanted_UCT: Tensor
     possible_UC: Tensor  # not excluded
 
 
@@ -206,22 +208,24 @@ def _lists(
     """Of at most so many users who want something; some of them once more as if little were known of them, so that the
     ranker learns what to make of the few events of somebody new.
     """
-    users = np.flatnonzero(np.diff(holdout.wanted.indptr))
+    users = np.flatnonzero(sum(np.diff(wanted.indptr) for wanted in holdout.wanted))
     if len(users) > most:
         users = np.sort(generator.choice(users, most, replace=False))
     lists = []
     for first in range(0, len(users), _LISTS_A_CHUNK):
         chosen = users[first : first + _LISTS_A_CHUNK]
-        seen, wanted = holdout.seen.of_users(chosen), holdout.wanted[chosen]
-        new = Wanted(None if recipe.repeats else seen.matrix(wanted.shape[1]))
+        seen, wanted = holdout.seen.of_users(chosen), [by_task[chosen] for by_task in holdout.wanted]
+        new = Wanted(recipe.again.excluded(seen, sources.num_items))
         lists.append(_list_of(sources, seen, wanted, new, holdout, config, recipe))
         again = np.flatnonzero(generator.random(len(chosen)) < _SHORTENED)
         if len(again):
             few = seen.of_users(again).latest(generator.integers(1, _SHORTEST + 1, len(again)))
             excluded = Wanted(None if new.excluded is None else new.excluded[again])
-            lists.append(_list_of(sources, few, wanted[again], excluded, holdout, config, recipe))
+            lists.append(
+                _list_of(sources, few, [by_task[again] for by_task in wanted], excluded, holdout, config, recipe)
+            )
     lists += _lists_of_new(sources, holdout, config, recipe, users, generator)
-    return [part for part in lists if len(part.wanted_UC)]
+    return [part for part in lists if len(part.wanted_UCT)]
 
 
 def _lists_of_new(
@@ -234,9 +238,11 @@ def _lists_of_new(
 ) -> list[Lists]:
     """Lists of some items alone, as if nobody had taken them: what orders new ones is learned from these."""
     hidden = generator.random(sources.num_items) < _HIDDEN
-    wanted = sp.csr_matrix(holdout.wanted @ sp.diags(hidden.astype(np.float32)))
-    wanted.eliminate_zeros()
-    users = users[np.diff(wanted.indptr)[users] > 0]
+    kept = sp.diags(hidden.astype(np.float32))
+    wanted = [sp.csr_matrix(by_task @ kept) for by_task in holdout.wanted]
+    for by_task in wanted:
+        by_task.eliminate_zeros()
+    users = users[sum(np.diff(by_task.indptr) for by_task in wanted)[users] > 0]
     users = users[generator.random(len(users)) < _SHORTENED]
     if not len(users) or hidden.all():
         return []
@@ -247,24 +253,29 @@ def _lists_of_new(
         chosen = users[first : first + _LISTS_A_CHUNK]
         seen = holdout.seen.of_users(chosen)
         seen = seen.where(~hidden[seen.item])
-        lists.append(_list_of(sources, seen, wanted[chosen], Wanted(allowed=hidden), unknown, config, recipe))
+        lists.append(
+            _list_of(sources, seen, [w[chosen] for w in wanted], Wanted(allowed=hidden), unknown, config, recipe)
+        )
     return lists
 
 
 def _list_of(
     sources: Sources,
     seen: Histories,
-    wanted: sp.csr_matrix,
+    wanted: list[sp.csr_matrix],
     possible: Wanted,
     holdout: Holdout,
     config: RankerConfig,
     recipe: Recipe,
 ) -> Lists:
-    found = sources.candidates(seen, config.num_candidates, holdout.store, repeats=recipe.repeats, wanted=possible)
+    found = sources.candidates(
+        seen, config.num_candidates, holdout.store, own_past=recipe.again.own_past, wanted=possible
+    )
     possible_UC = ~np.isneginf(found.score)
-    wanted_UC = np.take_along_axis(wanted.toarray() > 0, found.item, axis=1) & possible_UC
-    users = np.flatnonzero(wanted_UC.any(axis=1))
-    return Lists(*(torch.from_numpy(array[users]) for array in (found.features, wanted_UC, possible_UC)))
+    by_task = [np.take_along_axis(some.toarray() > 0, found.item, axis=1) & possible_UC for some in wanted]
+    wanted_UCT = np.stack(by_task, axis=-1)
+    users = np.flatnonzero(wanted_UCT.any(axis=(1, 2)))
+    return Lists(*(torch.from_numpy(array[users]) for array in (found.features, wanted_UCT, possible_UC)))
 
 
 def train_ranker(
@@ -276,7 +287,8 @@ def train_ranker(
     linear: bool = False,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> tuple[PairRanker, RoutingMonitor]:
-    """Softmax over each list: every user counts the same, whatever the number of items that it wants.
+    """Softmax over each list: every user counts the same, whatever the number of items that it wants. Tasks but the
+    first count less; a list without anything wanted by one says nothing of it.
 
     linear: without the experts, for comparison.
     """
@@ -288,7 +300,7 @@ def train_ranker(
     monitor = RoutingMonitor(ranker)
     if not lists:
         return ranker, monitor  # nothing to learn from: the sources' order stays
-    features_UCF, wanted_UC, possible_UC = (torch.cat(parts) for parts in zip(*lists, strict=True))
+    features_UCF, wanted_UCT, possible_UC = (torch.cat(parts) for parts in zip(*lists, strict=True))
     features_UCF = features_UCF[..., config.columns]
     flat = features_UCF[possible_UC]
     known = ~flat.isnan()
@@ -305,10 +317,12 @@ def train_ranker(
 
     def loss(users: Tensor) -> Tensor:
         logits, balance = ranker(features_UCF[users].to(device))
-        logits = logits.masked_fill(~possible_UC[users].to(device), _MASKED_OUT)
-        wanted = wanted_UC[users].float().to(device)
-        likelihood = (logits.log_softmax(1) * wanted).sum(1) / wanted.sum(1)
-        total: Tensor = balance - likelihood.mean()
+        logits = logits.masked_fill(~possible_UC[users, :, None].to(device), _MASKED_OUT)
+        wanted = wanted_UCT[users].float().to(device)
+        count_UT = wanted.sum(1)
+        likelihood_UT = (logits.log_softmax(1) * wanted).sum(1) / count_UT.clamp(min=1)
+        by_task = likelihood_UT.sum(0) / (count_UT > 0).sum(0).clamp(min=1)
+        total: Tensor = balance - by_task[0] - _OTHER_TASKS * by_task[1:].sum()
         return total
 
     def epoch_done(epoch: int, _: float) -> None:

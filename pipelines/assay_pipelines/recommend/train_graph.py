@@ -265,13 +265,13 @@ def item_vectors(encoder: GraphEncoder, graph: ItemGraph) -> ItemVectors:
     )
 
 
-def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, *, repeats: bool) -> float:
+def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, excluded: sp.csr_matrix | None) -> float:
     """NDCG@10 of the encoder alone."""
     with torch.no_grad():
         whole = Subgraph.whole(graph.adjacencies(device=encoder.base_ID.device), encoder.num_layers)
         user_UD, item_ID = encoder(whole)
         seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
-        top = best_items(lambda a, b: encoder.score(user_UD[a:b], item_ID).cpu().numpy(), seen, repeats=repeats)
+        top = best_items(lambda a, b: encoder.score(user_UD[a:b], item_ID).cpu().numpy(), wanted.shape, excluded)
     return ranking_metrics(top, wanted, seen)["ndcg_at_10"]
 
 
@@ -281,7 +281,7 @@ class EncoderData:
 
     fit: ItemGraph
     validation: sp.csr_matrix
-    repeats: bool
+    excluded: sp.csr_matrix | None
 
 
 def objective(params: dict[str, Any], data: EncoderData, report: Callable[[int, float], None]) -> None:
@@ -290,6 +290,6 @@ def objective(params: dict[str, Any], data: EncoderData, report: Callable[[int, 
         data.fit,
         params,
         seed=int(params["seed"]),
-        evaluate=lambda encoder: graph_ndcg(encoder, data.fit, data.validation, repeats=data.repeats),
+        evaluate=lambda encoder: graph_ndcg(encoder, data.fit, data.validation, data.excluded),
         on_epoch=report,
     )

@@ -2,6 +2,7 @@
 
 # N users, E events, I items, P different (user, item) pairs of the events, C candidates, F features
 
+from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,8 @@ _NEVER_D = 1000.0
 class Histories(NamedTuple):
     """Events of N users, each user's in order of time.
 
-    start (N + 1,): where a user's events begin. item, time_us (E,). liked (E,): all, where a table has no ratings.
+    start (N + 1,): where a user's events begin. item, time_us (E,). liked (E,): rated well, or done what lists are for
+    (bought, not just looked at); all, where a table says neither.
     now_us (N,): the moment that is asked about, after the events; ages are counted from it.
     """
 
@@ -102,6 +104,25 @@ class Histories(NamedTuple):
         chosen = np.zeros(len(order), dtype=bool)
         chosen[order[first]] = True
         return self.where(chosen)
+
+
+class Again(StrEnum):
+    """What of a user's past a list may have."""
+
+    NOTHING = "nothing"
+    UNDONE = "undone"  # what a user did not get to: looked at, not bought
+    ALL = "all"
+
+    @property
+    def own_past(self) -> bool:
+        """Whether it matters what the user did with an item before."""
+        return self is not Again.NOTHING
+
+    def excluded(self, histories: Histories, num_items: int) -> sp.csr_matrix | None:
+        """(N, I): what lists must not have."""
+        if self is Again.ALL:
+            return None
+        return (histories if self is Again.NOTHING else histories.where(histories.liked)).matrix(num_items)
 
 
 class OwnPast:

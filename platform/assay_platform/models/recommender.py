@@ -5,11 +5,11 @@ pipelines hold: sources, ranker, histories and item facts, saved and loaded as a
 library: a user's vector is a sum over its history.
 """
 
-# N users, I items, D width of a vector, C candidates, F features of a (user, item) pair
+# N users, I items, D width of a vector, C candidates, F features of a (user, item) pair, T tasks
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from assay_platform.errors import ArtifactError
 from assay_platform.models.artifact import load_artifact, load_weights, save_artifact
 from assay_platform.models.content import ContentMap, ItemFacts, Row
-from assay_platform.models.histories import DAY_US, Flags, Floats, Histories, Index
+from assay_platform.models.histories import DAY_US, Again, Flags, Floats, Histories, Index
 from assay_platform.models.item_regression import ItemRegression
 from assay_platform.models.list_rules import NO_RULES, ListRules
 from assay_platform.models.lists import Limits, banned, explored, varied
@@ -49,12 +49,14 @@ _RANKER_BACKBONE = BackboneConfig(width=64, hidden=64, num_blocks=1, num_experts
 @dataclass(frozen=True, kw_only=True)
 class RankerConfig:
     """Shape of the ranker. features: which of PAIR_FEATURES it takes. num_store_features: item features read from the
-    feature store, after these.
+    feature store, after these. tasks: what users may do with an item, each with logits of its own; lists are for the
+    first of them.
     """
 
     features: tuple[str, ...] = PAIR_FEATURES
     num_store_features: int = 0
     num_candidates: int = 200
+    tasks: tuple[str, ...] = ("taken",)
     backbone: BackboneConfig = field(default_factory=lambda: _RANKER_BACKBONE)
 
     @property
@@ -77,28 +79,46 @@ class RankerConfig:
 
 
 class PairRanker(nn.Module):
-    """Scores candidates by their features: linear + MoE, both of which start at zero."""
+    """Scores candidates by their features, for every task: linear + MoE, both of which start at zero.
+
+    mix_T: how much the logits of each task count in a list.
+    """
 
     mean_F: Tensor
     std_F: Tensor
+    mix_T: Tensor
 
     def __init__(self, config: RankerConfig) -> None:
         super().__init__()
         self.register_buffer("mean_F", torch.zeros(config.num_features))
         self.register_buffer("std_F", torch.ones(config.num_features))
-        self.linear = nn.Linear(config.num_features, 1)
+        num_tasks = len(config.tasks)
+        self.register_buffer("mix_T", torch.eye(1, num_tasks)[0])
+        self.linear = nn.Linear(config.num_features, num_tasks)
         self.backbone = Backbone(config.num_features, config.backbone)
-        self.head = nn.Linear(config.backbone.width, 1)
+        self.head = nn.Linear(config.backbone.width, num_tasks)
         for layer in (self.linear, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, features_NCF: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, C) and the balance loss (scalar). What is not known of a pair, a NaN, counts as the mean."""
+        """Logits (N, C, T) and the balance loss (scalar). What is not known of a pair, a NaN, counts as the mean."""
         scaled = ((features_NCF - self.mean_F) / self.std_F).nan_to_num(0.0).clamp(-_FAR, _FAR)
         out = self.backbone(scaled.flatten(0, 1))
-        correction_NC = self.head(out.y_ND).view(scaled.shape[:2])
-        return self.linear(scaled).squeeze(-1) + correction_NC, out.balance_loss
+        correction_NCT = self.head(out.y_ND).unflatten(0, scaled.shape[:2])
+        return self.linear(scaled) + correction_NCT, out.balance_loss
+
+    def score(self, features_NCF: Tensor) -> Tensor:
+        """(N, C) what lists are ordered by."""
+        logits_NCT, _ = self(features_NCF)
+        score_NC: Tensor = logits_NCT @ self.mix_T
+        return score_NC
+
+    def mixed(self, share: float) -> "PairRanker":
+        """The same with so much of every task but the first."""
+        other = deepcopy(self)
+        other.mix_T[1:] = share
+        return other
 
 
 class Ranked(NamedTuple):
@@ -128,7 +148,7 @@ class Recommender:
         histories: Histories,
         sources: Sources,
         store_features_IF: Floats,
-        repeats: bool,
+        again: Again,
         use_ranker: bool = True,
         diversity: float = 0.0,
     ) -> None:
@@ -144,7 +164,7 @@ class Recommender:
         self._user_index = {user: u for u, user in enumerate(users)}
         self.histories, self.sources = histories, sources
         self.store_features_IF = store_features_IF
-        self.repeats = repeats
+        self.again = again
         self.use_ranker, self.diversity = use_ranker, diversity
 
     def extended(
@@ -179,14 +199,21 @@ class Recommender:
         """Whether training saw this user."""
         return user in self._user_index
 
-    def history(self, user: str, recent: Sequence[tuple[int, str]] = (), *, now_us: int | None = None) -> Histories:
-        """One user's events: those of training, and of `recent`, as (time_us, item), what the model knows besides.
+    def had(self, history: Histories) -> Index:
+        """Items that a list for this one history leaves out unless somebody wants it otherwise."""
+        excluded = self.again.excluded(history, len(self.items))
+        return history.item[:0] if excluded is None else excluded.indices.astype(np.int64)
+
+    def history(
+        self, user: str, recent: Sequence[tuple[int, str, bool]] = (), *, now_us: int | None = None
+    ) -> Histories:
+        """One user's events: those of training, and of `recent`, as (time_us, item, liked), what the model knows
+        besides.
 
         now_us: by default just after the newest event of all.
         """
         row, held = self._user_index.get(user), self.histories
-        # What is known of a newer event is when and what, so it counts as liked.
-        liked = {(time_us, self.item_index[item]): True for time_us, item in recent if item in self.item_index}
+        liked = {(time_us, self.item_index[item]): flag for time_us, item, flag in recent if item in self.item_index}
         if row is not None:
             part = held.part(row, row + 1)
             known = zip(part.time_us.tolist(), part.item.tolist(), part.liked.tolist(), strict=True)
@@ -224,14 +251,14 @@ class Recommender:
 
     def _rank_chunk(self, histories: Histories, num: int, wanted: Wanted, store: StoreFeatures) -> tuple[Index, Floats]:
         found = self.sources.candidates(
-            histories, max(num, self._config.num_candidates), store, repeats=self.repeats, wanted=wanted
+            histories, max(num, self._config.num_candidates), store, own_past=self.again.own_past, wanted=wanted
         )
         if not self.use_ranker:
             return self._listed(found.item, found.score, num)
         with torch.inference_mode():
-            logits, _ = self._ranker(torch.from_numpy(found.features[..., self._columns]))
+            score_NC = self._ranker.score(torch.from_numpy(found.features[..., self._columns]))
         # Where few items are left, unwanted ones are among the candidates.
-        final_NC = np.where(np.isneginf(found.score), -np.inf, logits.numpy())
+        final_NC = np.where(np.isneginf(found.score), -np.inf, score_NC.numpy())
         return self._listed(found.item, final_NC, num)
 
     def _listed(self, item_NC: Index, score_NC: Floats, num: int) -> tuple[Index, Floats]:
@@ -337,11 +364,10 @@ class Recommender:
     def recommend_known(self, user: str, *, k: int) -> list[tuple[str, float]]:
         """Item ids and scores from the training history alone; popular items for an unknown user."""
         history = self.history(user)
-        seen = np.unique(history.item)
-        if not len(seen):
-            ranked = self.popular(k, seen)
+        if not len(history.item):
+            ranked = self.popular(k, history.item)
             return [(self.items[i], s) for i, s in zip(ranked.items, ranked.scores, strict=True)]
-        ranked = self.recommend(history, k=k, exclude=seen[:0] if self.repeats else seen)
+        ranked = self.recommend(history, k=k, exclude=self.had(history))
         return [(self.items[i], s) for i, s in zip(ranked.items, ranked.scores, strict=True)]
 
     def because(self, item: int, taken: Index) -> int | None:
@@ -400,7 +426,7 @@ class Recommender:
             "scale": vectors.scale,
             "weights": asdict(sources.weights),
             "sequence": None if sources.sequence is None else asdict(sources.sequence.config),
-            "repeats": self.repeats,
+            "again": self.again,
             "use_ranker": self.use_ranker,
             "diversity": self.diversity,
         }
@@ -420,6 +446,7 @@ class Recommender:
                 features=tuple(shape["features"]),
                 num_store_features=int(shape["num_store_features"]),
                 num_candidates=int(shape["num_candidates"]),
+                tasks=tuple(shape["tasks"]),
                 backbone=BackboneConfig(**shape["backbone"]),
             )
             users, items = [str(u) for u in config["users"]], [str(i) for i in config["items"]]
@@ -445,7 +472,7 @@ class Recommender:
             store_features_IF = tensors.pop("store_features_IF").numpy()
             weights = Weights(**{name: float(weight) for name, weight in config["weights"].items()})
             of_sequence = None if config["sequence"] is None else SequenceConfig(**config["sequence"])
-            repeats, use_ranker = bool(config["repeats"]), bool(config["use_ranker"])
+            again, use_ranker = Again(config["again"]), bool(config["use_ranker"])
             diversity = float(config["diversity"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{folder}: config.json does not describe a recommender: {error}") from error
@@ -463,7 +490,7 @@ class Recommender:
             histories=histories,
             sources=Sources(regression, liked, vectors, past, facts, content, head, sequence, weights),
             store_features_IF=store_features_IF,
-            repeats=repeats,
+            again=again,
             use_ranker=use_ranker,
             diversity=diversity,
         )

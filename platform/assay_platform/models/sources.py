@@ -324,9 +324,9 @@ class Sources:
         return lambda place: np.asarray(np.einsum("ncd,nd->nc", unit, unit[rows, place], optimize=True))
 
     def candidates(
-        self, histories: Histories, num: int, store: StoreFeatures, *, repeats: bool, wanted: Wanted = ALL_ITEMS
+        self, histories: Histories, num: int, store: StoreFeatures, *, own_past: bool, wanted: Wanted = ALL_ITEMS
     ) -> Candidates:
-        """The items that regression and graph rank highest and, where items are taken again, what was taken before.
+        """The items that regression and graph rank highest and, where a user's own past counts, what was taken before.
 
         Items that are not wanted come last, with a score of -inf, where there are not enough others.
         """
@@ -339,7 +339,7 @@ class Sources:
             return np.asarray(np.sum(parts, axis=0), dtype=np.float32) if len(parts) > 1 else parts[0]
 
         score = blended(lambda scores: scores.value_NH)
-        own_user, own_item, own_score = _own_first(own, round(_OWN_CANDIDATES * num) if repeats else 0)
+        own_user, own_item, own_score = _own_first(own, round(_OWN_CANDIDATES * num) if own_past else 0)
         in_head = self.place[own_item] >= 0
         score[own_user[in_head], self.place[own_item[in_head]]] += own_score[in_head]
         if wanted.excluded is not None:
@@ -361,7 +361,7 @@ class Sources:
         parts = [
             features,
             # What was taken before cannot be taken again otherwise.
-            own.features(item) if repeats else np.zeros((*item.shape, len(OWN_FEATURES)), dtype=np.float32),
+            own.features(item) if own_past else np.zeros((*item.shape, len(OWN_FEATURES)), dtype=np.float32),
             np.broadcast_to(own.user_features[:, None], (*item.shape, len(USER_FEATURES))),
             store(item.ravel()).reshape(*item.shape, -1),
         ]
