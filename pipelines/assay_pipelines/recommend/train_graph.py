@@ -28,7 +28,7 @@ _MOST_USERS, _FEWEST_USERS, _LOSS_CELLS = 1024, 64, 2**23
 # Edges of a graph that is propagated as a whole. Of a larger one: users of a step, items that theirs are told apart
 # from, neighbours of a row, and steps of an epoch.
 MOST_AT_ONCE = 3_000_000
-_SAMPLED_USERS, _TOLD_APART, _FANOUT, _SAMPLED_STEPS = 512, 8192, 16, 50
+_SAMPLED_USERS, _TOLD_APART, _FANOUT, _SAMPLED_STEPS = 1024, 8192, 16, 50
 _CALIBRATION_MASK = 0.6
 _MASKED_OUT = -1e9
 

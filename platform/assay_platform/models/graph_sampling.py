@@ -10,8 +10,8 @@ weighed for what it stands for, so that sums over neighbours are right on averag
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 
 from assay_platform.kernels.sparse_numba import sample_rows
 from assay_platform.models.graph import Adjacency, Hop, ItemGraph, Subgraph, scale, torch_csr
@@ -146,13 +146,13 @@ def _there(present: Flags | None, row: Index, pair: Index, stands_for: Floats) -
     return row[kept], pair[kept], stands_for[kept]
 
 
-def _both_ways(other: Index, item: Index, value: NDArray[np.float32], num_others: int, num_items: int) -> Adjacency:
-    parts = []
-    for row, column, shape in ((other, item, (num_others, num_items)), (item, other, (num_items, num_others))):
-        order = np.argsort(row, kind="stable")
-        start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=shape[0]))])
-        parts.append(torch_csr(start, column[order], value[order], shape[1]))
-    return Adjacency(*parts)
+def _both_ways(other: Index, item: Index, value: Floats, num_others: int, num_items: int) -> Adjacency:
+    matrix = sp.csr_matrix((value, (other, item)), (num_others, num_items))
+    turned = matrix.tocsc()
+    return Adjacency(
+        torch_csr(matrix.indptr, matrix.indices, matrix.data, num_items),
+        torch_csr(turned.indptr, turned.indices, turned.data, num_others),
+    )
 
 
 def _moved(adjacency: Adjacency, device: torch.device | None) -> Adjacency:
