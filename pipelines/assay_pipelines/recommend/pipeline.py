@@ -63,6 +63,8 @@ _MIN_DISLIKED = 0.1
 _TASK_SHARES = (0.1, 0.3)
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _DIVERSITIES = (0.0, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.2)
+# Candidates that the ranker may order instead of all that it learned from, most first, and what that may cost.
+_NUMS_RANKED, _LOST_BY_FEW = (100, 50, 30), 0.001
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
@@ -300,12 +302,16 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
                     "weights.sequence": recipe.weights.sequence},
             metrics={f"validation.ndcg_at_10.{name}": value for name, value in measured.items()},
         )  # fmt: skip
+        num_ranked = choose_num_ranked(prepared, fitted, fitted.rankings[best], reporter)
+        run.log(params={"num_ranked": num_ranked})
         diversity = choose_diversity(prepared, fitted, fitted.rankings[best], reporter)
         refitted = trained(prepared, prepared.train_rows, prepared.train, recipe, reporter)
         ranking = refitted.rankings[best]
         if ranking.routing is not None:
             log_routing(run, ranking.routing)
-        model = _recommender(prepared, prepared.train, refitted.sources, refitted.store_IF, ranking, diversity)
+        model = _recommender(
+            prepared, prepared.train, refitted.sources, refitted.store_IF, ranking, diversity, num_ranked
+        )
         with reporter.stage("evaluate", "Rank the test part"):
             metrics = _measure(model, prepared.train, prepared.test)
         with reporter.stage(
@@ -326,7 +332,7 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             with reporter.stage("train", "Refit the sources on everything"):
                 shared = refitted.sources.sequence
                 sources = fit_sources(histories, recipe, seed=options.seed, sequence=shared)
-            model = _recommender(prepared, histories, sources, store_IF, ranking, diversity)
+            model = _recommender(prepared, histories, sources, store_IF, ranking, diversity, num_ranked)
         registry = open_registry(options.config)
         champion, champion_version = champion_metric(
             options,
@@ -456,6 +462,27 @@ def trained(
     return Trained(sources, store_IF, rankings)
 
 
+def choose_num_ranked(prepared: Prepared, fitted: Trained, ranking: Ranking, reporter: Reporter) -> int:
+    """As few candidates as lose next to nothing of the validation part's NDCG@10: a list costs what ranking them costs.
+
+    All of them where lists are to vary.
+    """
+    most = prepared.ranker_config.num_candidates
+    if ranking.routing is None or prepared.schema.diversity_loss > 0:
+        return most
+    with reporter.stage("evaluate", "Choose how many to rank") as stage:
+        reached: dict[int, float] = {}
+        for num in (most, *_NUMS_RANKED):
+            model = _recommender(prepared, prepared.fit, fitted.sources, fitted.store_IF, ranking, num_ranked=num)
+            reached[num] = _measure(model, prepared.fit, prepared.validation)[_METRIC]
+            if reached[num] < (1 - _LOST_BY_FEW) * reached[most]:
+                del reached[num]
+                break
+        chosen = min(reached)
+        stage.update(1.0, f"{chosen} of {most}: NDCG@10 {reached[chosen]:.4f} of {reached[most]:.4f}")
+    return chosen
+
+
 def choose_diversity(prepared: Prepared, fitted: Trained, ranking: Ranking, reporter: Reporter) -> float:
     """As much as costs no more of the validation part's NDCG@10 than the schema allows."""
     allowed, chosen = prepared.schema.diversity_loss, 0.0
@@ -481,6 +508,7 @@ def _recommender(
     store_IF: Floats,
     ranking: Ranking,
     diversity: float = 0.0,
+    num_ranked: int | None = None,
 ) -> Recommender:
     return Recommender(
         ranker=ranking.ranker,
@@ -493,6 +521,7 @@ def _recommender(
         again=prepared.again,
         use_ranker=ranking.routing is not None,
         diversity=diversity,
+        num_ranked=num_ranked,
     )
 
 

@@ -7,8 +7,10 @@ library: a user's vector is a sum over its history.
 
 # N users, I items, D width of a vector, C candidates, F features of a (user, item) pair, T tasks
 
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,9 +153,11 @@ class Recommender:
         again: Again,
         use_ranker: bool = True,
         diversity: float = 0.0,
+        num_ranked: int | None = None,
     ) -> None:
         """histories: of `users`, what the sources were fitted on. store_features_IF: item features as the feature store
-        had them at the end of training, transformed. diversity: see `lists`; 0 leaves the ranker's order.
+        had them at the end of training, transformed. diversity: see `lists`; 0 leaves the ranker's order. num_ranked:
+        how many candidates the ranker orders; by default as many as it learned from.
         """
         self._ranker = ranker.eval().requires_grad_(False)
         self.fences = ranker.backbone.guard()  # an expert that fails is left out, the others answer
@@ -166,6 +170,7 @@ class Recommender:
         self.store_features_IF = store_features_IF
         self.again = again
         self.use_ranker, self.diversity = use_ranker, diversity
+        self.num_ranked = config.num_candidates if num_ranked is None else num_ranked
 
     def extended(
         self, items: Sequence[str], rows: Sequence[Row], *, now_us: int, store_features_NF: Floats
@@ -237,13 +242,17 @@ class Recommender:
         The ranker orders the sources' best, at least `num` of them. Items that are not wanted come last, with a score
         of -inf. store: fresher features of items than those of the end of training.
         """
-        tops, values = [], []
-        for start in range(0, histories.num_users, _RANKING_CHUNK):
+
+        def ranked(start: int) -> tuple[Index, Floats]:
             end = min(start + _RANKING_CHUNK, histories.num_users)
-            part = wanted.part(start, end)
-            top, score = self._rank_chunk(histories.part(start, end), num, part, store or self._stored)
-            tops.append(top)
-            values.append(score)
+            return self._rank_chunk(histories.part(start, end), num, wanted.part(start, end), store or self._stored)
+
+        starts = range(0, histories.num_users, _RANKING_CHUNK)
+        if len(starts) == 1:
+            return ranked(0)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(ranked, starts))
+        tops, values = zip(*parts, strict=True)
         return np.concatenate(tops), np.concatenate(values)
 
     def _stored(self, items: Index) -> Floats:
@@ -251,7 +260,7 @@ class Recommender:
 
     def _rank_chunk(self, histories: Histories, num: int, wanted: Wanted, store: StoreFeatures) -> tuple[Index, Floats]:
         found = self.sources.candidates(
-            histories, max(num, self._config.num_candidates), store, own_past=self.again.own_past, wanted=wanted
+            histories, max(num, self.num_ranked), store, own_past=self.again.own_past, wanted=wanted
         )
         if not self.use_ranker:
             return self._listed(found.item, found.score, num)
@@ -429,6 +438,7 @@ class Recommender:
             "again": self.again,
             "use_ranker": self.use_ranker,
             "diversity": self.diversity,
+            "num_ranked": self.num_ranked,
         }
         save_artifact(folder, kind="recommend", config=config, tensors=tensors, companions=companions)
 
@@ -473,7 +483,7 @@ class Recommender:
             weights = Weights(**{name: float(weight) for name, weight in config["weights"].items()})
             of_sequence = None if config["sequence"] is None else SequenceConfig(**config["sequence"])
             again, use_ranker = Again(config["again"]), bool(config["use_ranker"])
-            diversity = float(config["diversity"])
+            diversity, num_ranked = float(config["diversity"]), int(config["num_ranked"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{folder}: config.json does not describe a recommender: {error}") from error
         sequence = None
@@ -493,6 +503,7 @@ class Recommender:
             again=again,
             use_ranker=use_ranker,
             diversity=diversity,
+            num_ranked=num_ranked,
         )
 
 
