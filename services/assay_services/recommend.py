@@ -91,15 +91,16 @@ class ItemFeatures:
             self._popularity = None
         return report
 
-    def recent(self, schema: RecommendSchema, user: str) -> list[tuple[int, str, bool]]:
-        """Time and item of a user's newest events, oldest first, and whether they count as liked."""
+    def recent(self, schema: RecommendSchema, user: str) -> list[tuple[int, str, float]]:
+        """Time, item and strength of a user's newest events, oldest first."""
         found = self._online.read({schema.user: [user]}, [0]).sequences.get(schema.user, [])
         events = (pair for recent in found for pair in zip(recent.time_us, recent.values, strict=True))
         if schema.action is None:
             # What is known of a newer event is when and what, so it counts as liked.
-            return [(time_us, item, True) for time_us, item in events]
+            return [(time_us, item, 1.0) for time_us, item in events]
+        strength = {action: place / (len(schema.actions) - 1) for place, action in enumerate(schema.actions)}
         parts = ((time_us, *value.rpartition(KEY_SEPARATOR)) for time_us, value in events)
-        return [(time_us, item, action == schema.actions[-1]) for time_us, item, _, action in parts]
+        return [(time_us, item, strength[action]) for time_us, item, _, action in parts]
 
 
 class ItemRecommender:
@@ -126,7 +127,7 @@ class ItemRecommender:
             raise ArtifactError(f"{folder}: features.json holds a schema for {schema.kind!r}")
         loaded = ItemRecommender(Recommender.load(folder), schema, FeaturePlan.from_dict(companion["plan"]), repository)
         model = loaded._model
-        history = model.history("", [(0, model.items[0], True)])
+        history = model.history("", [(0, model.items[0], 1.0)])
         model.recommend(history, k=1, exclude=_NOTHING, store=loaded._features.of)
         return loaded
 

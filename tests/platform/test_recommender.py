@@ -29,7 +29,8 @@ def made_up(num_events: int, *, seed: int = 0, num_users: int = NUM_USERS, num_i
     rng = np.random.default_rng(seed)
     return Histories.of(
         rng.integers(0, num_users, num_events), rng.integers(0, num_items, num_events),
-        rng.integers(0, END_US, num_events), num_users=num_users, now_us=END_US, liked=rng.random(num_events) < 0.6,
+        rng.integers(0, END_US, num_events), num_users=num_users, now_us=END_US,
+        strength=(rng.random(num_events) < 0.6).astype(np.float32),
     )  # fmt: skip
 
 
@@ -189,14 +190,15 @@ def test_a_new_item_is_found_at_once(recommender: Recommender) -> None:
 
 def test_new_events_count_and_what_is_known_counts_once(recommender: Recommender) -> None:
     known = recommender.history("u0")
-    again = [(int(t), f"i{i}", True) for t, i in zip(known.time_us, known.item, strict=True)]
+    events = zip(known.time_us.tolist(), known.item, known.strength.tolist(), strict=True)
+    again = [(time_us, f"i{i}", strength) for time_us, i, strength in events]
     same = recommender.history("u0", again)
     np.testing.assert_array_equal(same.item, known.item)
-    newer = recommender.history("u0", [*again, (END_US + 5, "i3", False), (END_US + 6, "never heard of", True)])
+    newer = recommender.history("u0", [*again, (END_US + 5, "i3", 0.0), (END_US + 6, "never heard of", 1.0)])
     assert newer.item[-1] == 3
     assert not newer.liked[-1]
     assert newer.now_us[0] == END_US + 6
-    earlier = recommender.history("u0", [*again, (END_US + 5, "i3", True)], now_us=50 * DAY_US)
+    earlier = recommender.history("u0", [*again, (END_US + 5, "i3", 1.0)], now_us=50 * DAY_US)
     assert (earlier.time_us < 50 * DAY_US).all()
     assert len(earlier.item) < len(known.item)
 
@@ -238,7 +240,8 @@ def test_a_users_own_past_equals_a_loop(rows: list[tuple[int, int, int]]) -> Non
         else [np.zeros(0, dtype=np.int64)] * 3
     )
     now_us = 30 * DAY_US
-    histories = Histories.of(user, item, half_day * DAY_US // 2, num_users=4, now_us=now_us)
+    strength = (half_day % 3 / 2).astype(np.float32)
+    histories = Histories.of(user, item, half_day * DAY_US // 2, num_users=4, now_us=now_us, strength=strength)
     candidates = np.tile(np.arange(5), (4, 1))
     features = OwnPast(histories, 5).features(candidates)
     column = {name: features[..., i] for i, name in enumerate(OWN_FEATURES)}
@@ -246,6 +249,9 @@ def test_a_users_own_past_equals_a_loop(rows: list[tuple[int, int, int]]) -> Non
         for i in range(5):
             times = sorted(t / 2 for v, j, t in rows if (v, j) == (u, i))
             first_of_day = {int(t): t for t in reversed(times)}
+            strengths = [t % 3 / 2 for t in sorted(t for v, j, t in rows if (v, j) == (u, i))]
+            assert column["own_strongest"][u, i] == max(strengths, default=0.0)
+            assert column["own_last_strength"][u, i] == (strengths[-1] if strengths else 0.0)
             assert column["own_days"][u, i] == pytest.approx(np.log1p(len(first_of_day)), abs=1e-5)
             for half_life in HALF_LIVES_D:
                 decayed = sum(0.5 ** ((30 - t) / half_life) for t in first_of_day.values())
@@ -415,6 +421,7 @@ def test_rules_hold_in_every_list(recommender: Recommender) -> None:
 
 def test_new_items_have_their_share_of_every_list() -> None:
     model = model_of(made_up(300), again=Again.NOTHING)
+    model.use_ranker = False  # an untrained one may like what the graph does not
     rows = [{"title": f"Item no {i}", "kind": f"k{i}"} for i in range(4)]
     none = np.zeros((4, 0), dtype=np.float32)
     longer = model.extended([f"new{i}" for i in range(4)], rows, now_us=END_US, store_features_NF=none)

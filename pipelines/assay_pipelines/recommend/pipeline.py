@@ -90,7 +90,7 @@ class Prepared:
             stage.update(1.0, f"{len(events):,} rows, {len(users):,} users, {len(items):,} items")
         self.parts: Parts = self._split(self.user, events)
         self.train_rows: Rows = np.sort(np.r_[self.parts.fit, self.parts.validation])
-        self.liked, self.tasks = self._tasks(events)
+        self.strength, self.tasks = self._tasks(events)
         self.again = Again.ALL if self.schema.split.repeats else Again.NOTHING
         if self.schema.action is not None and not self.schema.split.repeats:
             self.again = Again.UNDONE
@@ -138,7 +138,7 @@ class Prepared:
         """Some interactions, a row for each user."""
         return Histories.of(
             self.user[rows], self.item[rows], self.events.time_us[rows], num_users=len(self.users), now_us=now_us,
-            liked=None if self.liked is None else self.liked[rows],
+            strength=None if self.strength is None else self.strength[rows],
         )  # fmt: skip
 
     def _asked_at(self, part: Rows) -> int | Index:
@@ -158,16 +158,18 @@ class Prepared:
         """(U, I) 0/1 matrix of some interactions."""
         return self.histories(rows, 0).matrix(len(self.items))
 
-    def _tasks(self, events: Events) -> tuple[Flags | None, dict[str, Flags | None]]:
-        """Which events are liked, and which count for each task; None: all."""
+    def _tasks(self, events: Events) -> tuple[Floats | None, dict[str, Flags | None]]:
+        """How strong events are, and which count for each task; None: all."""
         if self.schema.action is None:
             weight = None if self.schema.weight is None else events.numbers[self.schema.weight]
-            return (None if weight is None else _liked(weight, self.train_rows)), {"taken": None}
+            liked = None if weight is None else _liked(weight, self.train_rows)
+            return None if liked is None else liked.astype(np.float32), {"taken": None}
         names = list(self.schema.actions)
         level = pd.Categorical(events.keys[self.schema.action], names).codes
         # Whoever bought has looked, whether or not an event says so.
         by_task = {name: level >= place for place, name in enumerate(names)}
-        return by_task[names[-1]], dict(reversed(by_task.items()))
+        strength = (level / (len(names) - 1)).astype(np.float32)
+        return strength, dict(reversed(by_task.items()))
 
     def _wanted(self, rows: Rows, seen: Histories) -> list[sp.csr_matrix]:
         """What a list should contain, by task: interactions of a later part, without what lists leave out."""
@@ -458,7 +460,7 @@ def trained(
         ranker, routing = train_ranker(lists, config, seed=seed, training=RankerTraining(), on_progress=stage.update)
     rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}
     for share in _TASK_SHARES if len(config.tasks) > 1 else ():
-        rankings[f"MoE + {share:g} of other tasks"] = Ranking(ranker.mixed(share), routing)
+        rankings[f"MoE and {share:g} of other tasks"] = Ranking(ranker.mixed(share), routing)
     return Trained(sources, store_IF, rankings)
 
 
@@ -542,7 +544,7 @@ def _champion_ndcg(folder: Path, prepared: Prepared) -> float:
     user = seen.users()[kept]
     histories = Histories.of(
         user, place[seen.item[kept]], seen.time_us[kept], num_users=seen.num_users, now_us=seen.now_us,
-        liked=seen.liked[kept],
+        strength=seen.strength[kept],
     )  # fmt: skip
     excluded = model.again.excluded(histories, len(model.items))
     top, _ = model.rank(histories, num=min(DEPTH, len(model.items)), wanted=Wanted(excluded))

@@ -19,7 +19,8 @@ HALF_LIVES_D = (7.0, 21.0, 60.0, 150.0)
 OWN_FEATURES = (
     *(f"own_decayed_{h:g}d" for h in HALF_LIVES_D),
     *(f"own_share_{h:g}d" for h in HALF_LIVES_D),
-    "own_days", "own_rate", "own_days_since_last", "own_days_since_first", "own_gap_days", "own_gaps_since_last",
+    "own_days", "own_strongest", "own_last_strength", "own_rate",
+    "own_days_since_last", "own_days_since_first", "own_gap_days", "own_gaps_since_last",
 )  # fmt: skip
 USER_FEATURES = ("user_items", "user_days", "user_recent_days", "user_span_days")
 _NEVER_D = 1000.0
@@ -28,33 +29,44 @@ _NEVER_D = 1000.0
 class Histories(NamedTuple):
     """Events of N users, each user's in order of time.
 
-    start (N + 1,): where a user's events begin. item, time_us (E,). liked (E,): rated well, or done what lists are for
-    (bought, not just looked at); all, where a table says neither.
+    start (N + 1,): where a user's events begin. item, time_us (E,). strength (E,): 1 for what was rated well, or
+    done what lists are for (bought); below, down to 0, for less (looked at); 1 where a table says neither.
     now_us (N,): the moment that is asked about, after the events; ages are counted from it.
     """
 
     start: Index
     item: Index
     time_us: Index
-    liked: Flags
+    strength: Floats
     now_us: Index
 
     @staticmethod
     def of(
-        user: Index, item: Index, time_us: Index, *, num_users: int, now_us: int | Index, liked: Flags | None = None
+        user: Index,
+        item: Index,
+        time_us: Index,
+        *,
+        num_users: int,
+        now_us: int | Index,
+        strength: Floats | None = None,
     ) -> "Histories":
-        """Events in any order. now_us: one moment, or (N,). liked: by default all."""
-        liked = np.ones(len(item), dtype=bool) if liked is None else liked
+        """Events in any order. now_us: one moment, or (N,). strength: by default 1."""
+        strength = np.ones(len(item), dtype=np.float32) if strength is None else strength
         order = np.lexsort((time_us, user))
         start = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=num_users))])
         now = np.broadcast_to(np.asarray(now_us, dtype=np.int64), num_users).copy()
         item, time_us = item[order].astype(np.int64), time_us[order].astype(np.int64)
-        return Histories(start.astype(np.int64), item, time_us, liked[order], now)
+        return Histories(start.astype(np.int64), item, time_us, strength[order], now)
 
     @property
     def num_users(self) -> int:
         """N."""
         return len(self.start) - 1
+
+    @property
+    def liked(self) -> Flags:
+        """(E,)."""
+        return self.strength >= 1.0
 
     def users(self) -> Index:
         """(E,) row of each event."""
@@ -65,14 +77,14 @@ class Histories(NamedTuple):
         begin, stop = self.start[first], self.start[end]
         rows = slice(begin, stop)
         start = self.start[first : end + 1] - begin
-        return Histories(start, self.item[rows], self.time_us[rows], self.liked[rows], self.now_us[first:end])
+        return Histories(start, self.item[rows], self.time_us[rows], self.strength[rows], self.now_us[first:end])
 
     def of_users(self, rows: Index) -> "Histories":
         """Some rows, in any order."""
         length = np.diff(self.start)[rows]
         start = np.concatenate([[0], np.cumsum(length)])
         at = np.repeat(self.start[rows] - start[:-1], length) + np.arange(start[-1])
-        return Histories(start, self.item[at], self.time_us[at], self.liked[at], self.now_us[rows])
+        return Histories(start, self.item[at], self.time_us[at], self.strength[at], self.now_us[rows])
 
     def latest(self, num: Index) -> "Histories":
         """The last events of each user, at most num (N,)."""
@@ -84,7 +96,7 @@ class Histories(NamedTuple):
         """Some events of all users. chosen (E,)."""
         counts = np.bincount(self.users()[chosen], minlength=self.num_users)
         start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return Histories(start, self.item[chosen], self.time_us[chosen], self.liked[chosen], self.now_us)
+        return Histories(start, self.item[chosen], self.time_us[chosen], self.strength[chosen], self.now_us)
 
     def matrix(self, num_items: int) -> sp.csr_matrix:
         """(N, I) 0/1."""
@@ -138,7 +150,7 @@ class OwnPast:
         self.num_users = histories.num_users
         key = user * num_items + histories.item
         order = np.argsort(key, kind="stable")
-        key, age_d, day = key[order], age_d[order], day[order]
+        key, age_d, day, strength = key[order], age_d[order], day[order], histories.strength[order]
         first = np.ones(len(key), dtype=bool)
         first[1:] = key[1:] != key[:-1]
         another_day = first.copy()
@@ -150,10 +162,13 @@ class OwnPast:
         if len(starts):
             self._decayed = np.add.reduceat(decayed, starts, axis=1)
             self.days = np.add.reduceat(another_day.astype(np.float64), starts)
-            self._since_first, self._since_last = age_d[starts], age_d[np.r_[starts[1:], len(key)] - 1]
+            last = np.r_[starts[1:], len(key)] - 1
+            self._since_first, self._since_last = age_d[starts], age_d[last]
+            self._strongest, self._last_strength = np.maximum.reduceat(strength, starts), strength[last]
         else:
             self._decayed = np.zeros((len(HALF_LIVES_D), 0))
             self.days = self._since_first = self._since_last = np.zeros(0)
+            self._strongest = self._last_strength = np.zeros(0, dtype=np.float32)
         self._users(histories)
 
     def _users(self, histories: Histories) -> None:
@@ -189,9 +204,9 @@ class OwnPast:
         asked = (users * self._num_items + candidates_NC).ravel()
         shape = (*candidates_NC.shape, len(OWN_FEATURES))
         out = np.zeros((len(asked), len(OWN_FEATURES)), dtype=np.float32)
-        num = len(HALF_LIVES_D)
         # What was never taken: long ago, and no gap.
-        out[:, 2 * num + 2] = out[:, 2 * num + 3] = np.log1p(_NEVER_D)
+        for name in ("own_days_since_last", "own_days_since_first"):
+            out[:, OWN_FEATURES.index(name)] = np.log1p(_NEVER_D)
         at = np.searchsorted(self.pair, asked)
         found = np.flatnonzero(at < len(self.pair))
         found = found[self.pair[at[found]] == asked[found]]
@@ -203,6 +218,8 @@ class OwnPast:
             *np.log1p(self._decayed[:, at]),
             *(self._decayed[:, at] / np.maximum(self._totals[:, user], 0.1)),
             np.log1p(days),
+            self._strongest[at],
+            self._last_strength[at],
             days / np.maximum(self._user_days[user], 1.0),
             np.log1p(since_last),
             np.log1p(since_first),

@@ -210,27 +210,31 @@ class Recommender:
         return history.item[:0] if excluded is None else excluded.indices.astype(np.int64)
 
     def history(
-        self, user: str, recent: Sequence[tuple[int, str, bool]] = (), *, now_us: int | None = None
+        self, user: str, recent: Sequence[tuple[int, str, float]] = (), *, now_us: int | None = None
     ) -> Histories:
-        """One user's events: those of training, and of `recent`, as (time_us, item, liked), what the model knows
+        """One user's events: those of training, and of `recent`, as (time_us, item, strength), what the model knows
         besides.
 
         now_us: by default just after the newest event of all.
         """
         row, held = self._user_index.get(user), self.histories
-        liked = {(time_us, self.item_index[item]): flag for time_us, item, flag in recent if item in self.item_index}
+        # Of several things that a user did with an item at one instant, the strongest counts.
+        found = sorted(
+            (time_us, self.item_index[i], strength) for time_us, i, strength in recent if i in self.item_index
+        )
         if row is not None:
             part = held.part(row, row + 1)
-            known = zip(part.time_us.tolist(), part.item.tolist(), part.liked.tolist(), strict=True)
-            liked |= {(time_us, item): flag for time_us, item, flag in known}
-        events = sorted(event for event in liked if now_us is None or event[0] < now_us)
+            known = zip(part.time_us.tolist(), part.item.tolist(), part.strength.tolist(), strict=True)
+            found = sorted([*found, *known])
+        strengths = {(time_us, item): strength for time_us, item, strength in found}
+        events = [event for event in strengths if now_us is None or event[0] < now_us]
         latest = int(held.now_us.max(initial=0))
         moment = max([latest, *(time_us + 1 for time_us, _ in events)]) if now_us is None else now_us
         return Histories(
             np.array([0, len(events)], dtype=np.int64),
             np.array([item for _, item in events], dtype=np.int64),
             np.array([time_us for time_us, _ in events], dtype=np.int64),
-            np.array([liked[event] for event in events], dtype=bool),
+            np.array([strengths[event] for event in events], dtype=np.float32),
             np.array([moment], dtype=np.int64),
         )
 
