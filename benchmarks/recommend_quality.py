@@ -293,6 +293,21 @@ def per_user(outcome: Outcome, prepared: Prepared, chosen: NDArray[np.bool_] | N
     return np.mean([(h if chosen is None else h.of_users(chosen)).ndcg() for h in hits], axis=0)
 
 
+def measured(top: Lists, prepared: Prepared) -> dict[str, float]:
+    """All metrics of lists of the test part."""
+    metrics = ranking_metrics(top, prepared.test, prepared.train_matrix)
+    return {**metrics, "variety": variety(top, prepared)} if prepared.facts.categories.nnz else metrics
+
+
+def variety(top: Lists, prepared: Prepared) -> float:
+    """1 - mean cosine of the categories of the items of a list, ten of each."""
+    words, shown = prepared.facts.categories, top[np.flatnonzero(np.diff(prepared.test.indptr)), :10]
+    total = np.array([words[items].sum(0) for items in shown]).reshape(len(shown), -1)
+    own = np.array([words[items].multiply(words[items]).sum() for items in shown])
+    depth = shown.shape[1]
+    return float(1.0 - ((np.square(total).sum(1) - own) / (depth * (depth - 1))).mean())
+
+
 def report(found: dict[str, Outcome], prepared: Prepared) -> list[dict[str, Any]]:
     """Rows of every part: metrics against the best peer, differences to ours."""
     rows: list[dict[str, Any]] = []
@@ -300,7 +315,7 @@ def report(found: dict[str, Outcome], prepared: Prepared) -> list[dict[str, Any]
     reached = {name: per_user(outcome, prepared) for name, outcome in found.items()}
     best = max(rivals, key=lambda name: float(reached[name].mean()))
     for name, outcome in found.items():
-        metrics = [ranking_metrics(top, prepared.test, prepared.train_matrix) for top in outcome.tops]
+        metrics = [measured(top, prepared) for top in outcome.tops]
         for metric in metrics[0]:
             values = [m[metric] for m in metrics]
             mean = float(np.mean(values))
@@ -314,7 +329,7 @@ def report(found: dict[str, Outcome], prepared: Prepared) -> list[dict[str, Any]
                         float((reached["ours"] - reached[name]).mean()), *interval(reached["ours"] - reached[name])
                     ]  # fmt: skip
                 print(f"  {name}: {mean:.4f} {more}", flush=True)
-            rival = [ranking_metrics(top, prepared.test, prepared.train_matrix)[metric] for top in found[best].tops]
+            rival = [measured(top, prepared)[metric] for top in found[best].tops]
             rows.append(
                 row(f"{name}: {metric}", mean, "", peer=float(np.mean(rival)), peer_name=best,
                     higher_is_better=metric != "gini", runs=len(values),

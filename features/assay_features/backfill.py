@@ -105,10 +105,10 @@ def backfill(
         return result
     chunks = [c for c in range(source.num_chunks) if not all(_spill(folder, e, c).is_file() for e in plan.entities)]
     num_steps = len(chunks) + len(replays)
-    steps = _run(chunks, _Scatter(plan, source, folder, partitions))
+    steps = over_tasks(chunks, _Scatter(plan, source, folder, partitions))
     for done, _ in enumerate(steps, start=1):
         say(done / num_steps, f"{done} of {len(chunks)} chunks read")
-    steps = _run(
+    steps = over_tasks(
         [(plan.entities.index(entity), partition) for entity, partition in replays],
         _Replay(plan, source.num_chunks, folder),
     )
@@ -118,8 +118,15 @@ def backfill(
     return result
 
 
-def _run(items: list[Any], work: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[Any]:
-    """Ray Data over items, one task each; yields as they finish."""
+def over_tasks(items: list[Any], work: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[Any]:
+    """Ray Data over items, one task each; yields what `work` makes of them as they finish. Ray must be running.
+
+    work: {"item": one of them} → a row, with what is wrong with the data as its "problem".
+
+    Raises:
+        DataError: a row has a problem.
+        WorkError: a worker failed.
+    """
     if not items:
         return
     import ray

@@ -76,12 +76,12 @@ def load_table(path: Path, schema: Schema) -> LoadedTable:
             ids = _ids(frame[schema.id], path)
     else:
         for name in schema.keys:
-            _none_missing(keys[name], name, path)
+            none_missing(keys[name], name, path)
         if schema.action is not None:
-            _all_known(keys[schema.action], schema.action, schema.actions, path)
+            all_known(keys[schema.action], schema.action, schema.actions, path)
     events = Events(time_us=time_us, keys=keys, numbers=numbers, ids=ids, labels=labels)
     events = with_accounts(events.take(np.argsort(time_us, kind="stable")), schema)
-    return LoadedTable(events, path, _fingerprint(path), events)
+    return LoadedTable(events, path, fingerprint(path), events)
 
 
 def load_newest(path: Path, schema: FraudSchema, plan: FeaturePlan, num_rows: int) -> LoadedTable:
@@ -125,7 +125,7 @@ def load_newest(path: Path, schema: FraudSchema, plan: FeaturePlan, num_rows: in
     events = replace(_joined(newest), labels=all_labels[wanted], ids=None if all_ids is None else all_ids[wanted])
     events = events.take(np.argsort(events.time_us, kind="stable"))
     known = {name: history.keys[name][-len(events) :] for name in schema.worked_out}
-    return LoadedTable(replace(events, keys={**events.keys, **known}), path, _fingerprint(path), history)
+    return LoadedTable(replace(events, keys={**events.keys, **known}), path, fingerprint(path), history)
 
 
 def count_rows(path: Path) -> int:
@@ -240,7 +240,7 @@ def chunked_source(
         keys, numbers = (*keys, reports.column), tuple(name for name in numbers if name != reports.column)
     columns = list(dict.fromkeys([schema.timestamp, *keys, *numbers]))
     _check_file(path)
-    given = path.stat()
+    named, given = path, path.stat()
     identity = f"{path.name}:{given.st_size}:{given.st_mtime_ns}:{schema.timestamp}:{reports}:{links_of(schema)}"
     try:
         if path.suffix.lower() not in (".parquet", ".pq"):
@@ -260,7 +260,7 @@ def chunked_source(
         row += metadata.row_group(i).num_rows
     if row == 0:
         raise DataError(f"{path}: has no rows")
-    read: Callable[[int], Events] = partial(_read_chunk, path, tuple(groups), schema.timestamp, keys, numbers)
+    read: Callable[[int], Events] = partial(_read_chunk, path, named, tuple(groups), schema.timestamp, keys, numbers)
     if accounts is not None:
         read = partial(_read_with_accounts, read, accounts, tuple(first_row for *_, first_row in groups))
     if reports is not None:
@@ -313,6 +313,7 @@ def _read_reported(read: Callable[[int], Events], reports: Reports, chunk: int) 
 
 def _read_chunk(
     path: Path,
+    named: Path,
     groups: Sequence[tuple[int, int, int]],
     timestamp: str,
     keys: Sequence[str],
@@ -323,7 +324,7 @@ def _read_chunk(
     columns = list(dict.fromkeys([timestamp, *keys, *numbers]))
     frame: pd.DataFrame = pq.ParquetFile(path).read_row_groups(range(first, end), columns=columns).to_pandas()
     frame.index = pd.RangeIndex(first_row, first_row + len(frame))
-    return events_of_frame(frame, path, timestamp=timestamp, keys=keys, numbers=numbers)
+    return events_of_frame(frame, named, timestamp=timestamp, keys=keys, numbers=numbers)
 
 
 def _csv_as_parquet(path: Path, columns: list[str], target: Path) -> Path:
@@ -350,7 +351,7 @@ def load_items(table: ItemTable, base: Path) -> dict[str, dict[str, str]]:
     names = list(dict.fromkeys((table.id, *table.text, *table.categorical)))
     frame = _read(path, names)
     ids = _keys(frame[table.id], path)
-    _none_missing(ids, table.id, path)
+    none_missing(ids, table.id, path)
     others = {name: _keys(frame[name], path) for name in names if name != table.id}
     return {
         str(item): {name: str(column[i]) for name, column in others.items() if column[i] is not None}
@@ -469,7 +470,7 @@ def _ids(series: "pd.Series[Any]", path: Path) -> Keys:
 
 
 def _unique_ids(ids: Keys, column: str, path: Path) -> Keys:
-    _none_missing(ids, column, path)
+    none_missing(ids, column, path)
     repeated = pd.Series(ids).duplicated().to_numpy()
     if repeated.any():
         row = int(repeated.argmax())
@@ -483,20 +484,31 @@ def _unique_ids(ids: Keys, column: str, path: Path) -> Keys:
     return ids
 
 
-def _none_missing(values: Keys, column: str, path: Path) -> None:
+def none_missing(values: Keys, column: str, path: Path) -> None:
+    """Every row must have a key. values (N,): in the order of the file.
+
+    Raises:
+        DataError: one has none.
+    """
     missing = np.array([value is None for value in values], dtype=bool)
     if missing.any():
         raise _bad(path, column, int(missing.argmax()), "the value is missing")
 
 
-def _all_known(values: Keys, column: str, allowed: Sequence[str], path: Path) -> None:
+def all_known(values: Keys, column: str, allowed: Sequence[str], path: Path) -> None:
+    """Every value (N,) must be one of a few.
+
+    Raises:
+        DataError: one is another.
+    """
     unknown = ~np.isin(values.astype(str), allowed)
     if unknown.any():
         row = int(unknown.argmax())
         raise _bad(path, column, row, f"{values[row]!r} is unknown; allowed are {', '.join(allowed)}")
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1024 * 1024):

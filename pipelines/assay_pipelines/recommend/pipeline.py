@@ -24,7 +24,8 @@ from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
 
 from assay_pipelines.console import Reporter
-from assay_pipelines.datasets.table import load_items, load_table
+from assay_pipelines.datasets.interactions import load_interactions
+from assay_pipelines.datasets.table import count_rows, load_items, load_table
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.recommend.baseline import measure_baselines
@@ -65,6 +66,8 @@ _WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _DIVERSITIES = (0.0, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.2)
 # Candidates that the ranker may order instead of all that it learned from, most first, and what that may cost.
 _NUMS_RANKED, _LOST_BY_FEW = (100, 50, 30), 0.001
+# Rows of a table that is read at once; of a larger one, chunks.
+MOST_AT_ONCE = 5_000_000
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
@@ -78,7 +81,10 @@ class Prepared:
         self.schema = options.schema
         self.options, self._reporter = options, reporter
         with reporter.stage("load", "Read and check the table") as stage:
-            self.table = load_table(options.table, self.schema)
+            if count_rows(options.table) > MOST_AT_ONCE:
+                self.table = load_interactions(options.table, self.schema, on_progress=stage.update)
+            else:
+                self.table = load_table(options.table, self.schema)
             events = self.table.events
             if options.max_rows is not None:
                 events = events.take(slice(max(0, len(events) - options.max_rows), None))
