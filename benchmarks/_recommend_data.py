@@ -1,8 +1,16 @@
 """What the recommendation benchmarks share: the data set, everything fitted to one part of it, and a model of that."""
 
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from assay_features.schema import Protocol, RecommendSchema
 from assay_pipelines.console import Reporter
 from assay_pipelines.datasets.catalogue import CATALOGUE, EVENTS, get_dataset
@@ -13,6 +21,7 @@ from assay_platform.config import load_config
 from assay_platform.models.histories import Floats, Histories
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
 from assay_platform.models.sources import Sources
+from numpy.typing import NDArray
 
 
 def prepare(
@@ -82,3 +91,29 @@ class Fitted(NamedTuple):
             store_features_IF=self.store_IF, again=recipe.again, use_ranker=ranker is not None,
             diversity=diversity,
         )  # fmt: skip
+
+
+@contextmanager
+def recbole(prepared: Prepared, python: str) -> Iterator[Callable[..., dict[str, NDArray[Any]]]]:
+    """Trains a model of RecBole: call it with the model's name, parameters, a seed and more options of `_recbole_peer`.
+
+    python: an interpreter that has recbole.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        split = {
+            "user": prepared.user, "item": prepared.item, "time_us": prepared.events.time_us,
+            "fit": prepared.parts.fit, "validation": prepared.parts.validation, "num_users": len(prepared.users),
+            "num_items": len(prepared.items), "wv_indptr": prepared.validation.indptr,
+            "wv_indices": prepared.validation.indices,
+        }  # fmt: skip
+        np.savez(Path(scratch) / "split.npz", **split)
+
+        def run(model: str, params: dict[str, Any], seed: int, *more: str) -> dict[str, NDArray[Any]]:
+            script = Path(__file__).parent / "_recbole_peer.py"
+            command = [python, "-W", "ignore", str(script), "split.npz", "out.npz", "--model", model,
+                       "--params", json.dumps(params), "--seed", str(seed), "--threads",
+                       str(torch.get_num_threads()), *more]  # fmt: skip
+            subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+            return dict(np.load(Path(scratch) / "out.npz"))
+
+        yield run

@@ -9,10 +9,7 @@ one of 1,000 tastes; its samples run over the device that there is, and its byte
 """
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _gpu import peak_gb
-from _recommend_data import prepare
+from _recommend_data import prepare, recbole
 from _report import finish, median, row, spread
 
 RUNS, CLOSENESS_S = 3, 150.0
@@ -55,20 +52,9 @@ def ours(prepared: Prepared, seed: int) -> tuple[float, float, float]:
 
 def lightgcn(prepared: Prepared, seed: int, python: str) -> tuple[float, float, float]:
     """The same of RecBole's."""
-    with tempfile.TemporaryDirectory() as scratch:
-        split = {
-            "user": prepared.user, "item": prepared.item, "time_us": prepared.events.time_us,
-            "fit": prepared.parts.fit, "validation": prepared.parts.validation, "num_users": len(prepared.users),
-            "num_items": len(prepared.items), "wv_indptr": prepared.validation.indptr,
-            "wv_indices": prepared.validation.indices,
-        }  # fmt: skip
-        np.savez(Path(scratch) / "split.npz", **split)
-        command = [python, "-W", "ignore", str(Path(__file__).parent / "_recbole_peer.py"), "split.npz", "out.npz",
-                   "--model", "LightGCN", "--params", json.dumps(LIGHTGCN), "--seed", str(seed), "--every", "10",
-                   "--patience", "3", "--threads", str(torch.get_num_threads()),
-                   "--device", fastest_device().type]  # fmt: skip
-        subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-        found = dict(np.load(Path(scratch) / "out.npz"))
+    with recbole(prepared, python) as run:
+        stop = ("--every", "10", "--patience", "3", "--device", fastest_device().type)
+        found = run("LightGCN", LIGHTGCN, seed, *stop)
     return float(np.median(found["epoch_seconds"])), float(found["epoch_seconds"].sum()), float(found["ndcg"])
 
 

@@ -21,9 +21,7 @@ interpreter --recbole names.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from copy import copy
@@ -48,7 +46,7 @@ from assay_platform.models.sources import PAIR_FEATURES, Wanted, Weights, top_ca
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _recommend_data import Fitted, prepare
+from _recommend_data import Fitted, prepare, recbole
 from _report import finish, row
 
 GRAPH = tuple(name for name in PAIR_FEATURES if name.startswith("graph"))
@@ -252,38 +250,21 @@ def recbole_params(name: str, generator: np.random.Generator, most_epochs: int) 
             "train_batch_size": int(generator.choice([2048, 4096])), "epochs": most_epochs // 2}  # fmt: skip
 
 
-def recbole(
+def tuned_recbole(
     name: str, prepared: Prepared, seeds: list[int], trials: int, kept: Kept, python: str, most_epochs: int
 ) -> None:
     """Random configurations, each stopped early on validation; the best for as many epochs on train + validation."""
-    generator = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as scratch:
-        split = {
-            "user": prepared.user, "item": prepared.item, "time_us": prepared.events.time_us,
-            "fit": prepared.parts.fit, "validation": prepared.parts.validation, "num_users": len(prepared.users),
-            "num_items": len(prepared.items), "wv_indptr": prepared.validation.indptr,
-            "wv_indices": prepared.validation.indices,
-        }  # fmt: skip
-        np.savez(Path(scratch) / "split.npz", **split)
-
-        def run(params: dict[str, Any], seed: int, *more: str) -> dict[str, NDArray[Any]]:
-            script = Path(__file__).parent / "_recbole_peer.py"
-            every = "5" if name == "lightgcn" else "1"
-            command = [python, "-W", "ignore", str(script), "split.npz", "out.npz", "--model", RECBOLE[name],
-                       "--params", json.dumps(params), "--seed", str(seed), "--every", every,
-                       "--threads", str(torch.get_num_threads()), *more]  # fmt: skip
-            subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-            return dict(np.load(Path(scratch) / "out.npz"))
-
+    generator, every = np.random.default_rng(0), "5" if name == "lightgcn" else "1"
+    with recbole(prepared, python) as run:
         tried = []
         for _ in range(trials):
             params = recbole_params(name, generator, most_epochs)
-            found = run(params, 0)
+            found = run(RECBOLE[name], params, 0, "--every", every)
             tried.append((float(found["ndcg"]), {**params, "epochs": int(found["epochs"])}))
         reached, params = max(tried, key=lambda pair: pair[0])
         print(f"  {name}: validation {reached:.4f} with {params}", flush=True)
         for seed in seeds:
-            found = run(params, seed, "--everything")
+            found = run(RECBOLE[name], params, seed, "--every", every, "--everything")
             kept.add(name, seed, found["top"], float(found["seconds"]))
 
 
@@ -372,7 +353,7 @@ def main() -> None:
             kept.add(name, 0, top, None)
     calls: dict[str, Callable[..., None]] = {name: partial(peer, name) for name in PEERS}
     for name in RECBOLE:
-        calls[name] = partial(recbole, name, python=call.recbole, most_epochs=call.epochs)
+        calls[name] = partial(tuned_recbole, name, python=call.recbole, most_epochs=call.epochs)
     for name in (name for name in calls if name in wanted):
         missing = [seed for seed in call.seeds if not kept.has(name, seed)]
         if missing:
