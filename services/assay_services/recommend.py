@@ -16,6 +16,7 @@ from assay_features.stream import PushReport
 from assay_platform.errors import ArtifactError, DataError, InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.recommender import Ranked, Recommender
+from assay_platform.models.sentences import encode
 from numpy.typing import NDArray
 
 from assay_services.new_items import SharedLines, parse_items
@@ -120,13 +121,22 @@ class ItemRecommender:
 
     @staticmethod
     def load(folder: Path, repository: FeatureRepository) -> "ItemRecommender":
-        """Read the artifact and answer once."""
+        """Read the artifact and answer once.
+
+        Raises:
+            ArtifactError: the artifact is damaged, or it reads titles and their encoder is not installed.
+        """
         companion = read_json(folder, "features")
         schema = schema_from_dict(companion["schema"])
         if not isinstance(schema, RecommendSchema):
             raise ArtifactError(f"{folder}: features.json holds a schema for {schema.kind!r}")
-        loaded = ItemRecommender(Recommender.load(folder), schema, FeaturePlan.from_dict(companion["plan"]), repository)
-        model = loaded._model
+        model = Recommender.load(folder)
+        if model.sources.content.takes_sentences:
+            try:
+                encode([""])  # weights are read now and not in a request
+            except InputError as error:
+                raise ArtifactError(f"{folder}: {error}") from error
+        loaded = ItemRecommender(model, schema, FeaturePlan.from_dict(companion["plan"]), repository)
         history = model.history("", [(0, model.items[0], 1.0)])
         model.recommend(history, k=1, exclude=_NOTHING, store=loaded._features.of)
         return loaded

@@ -8,9 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from assay_features.schema import RecommendSchema
+from assay_pipelines.console import Reporter
 from assay_pipelines.datasets import table as table_module
 from assay_pipelines.datasets.interactions import load_interactions
 from assay_pipelines.datasets.table import load_table
+from assay_pipelines.options import RunOptions
+from assay_pipelines.recommend import pipeline
+from assay_pipelines.recommend.pipeline import Prepared
+from assay_platform.config import load_config
 from assay_platform.errors import DataError
 
 pytestmark = pytest.mark.ray
@@ -73,3 +78,17 @@ def test_errors_name_the_same_row(column: str, value: object, tmp_path: Path, ra
     with pytest.raises(DataError) as in_chunks:
         load_interactions(path, SCHEMA)
     assert str(in_chunks.value) == str(at_once.value)
+
+
+def test_a_run_reads_a_large_table_in_chunks(tmp_path: Path, ray_session: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = RunOptions(
+        config=load_config(), application="recommend", data="own", table=written(frame(), tmp_path / "events.parquet"),
+        schema=SCHEMA, schema_folder=tmp_path, model_name="recommend-own",
+    )  # fmt: skip
+    at_once = Prepared(options, Reporter())
+    monkeypatch.setattr(pipeline, "MOST_AT_ONCE", NUM_ROWS - 1)
+    monkeypatch.delattr(pipeline, "load_table")
+    in_chunks = Prepared(options, Reporter())
+    assert in_chunks.items == at_once.items
+    np.testing.assert_array_equal(in_chunks.user, at_once.user)
+    assert (in_chunks.test != at_once.test).nnz == 0

@@ -155,6 +155,8 @@ def test_beyond_the_head_nothing_is_lost(num_head: int, again: Again) -> None:
         own = OwnPast(histories, NUM_ITEMS)
         for user in range(NUM_USERS):
             mine = np.flatnonzero(own.user == user)
+            if wanted.excluded is not None:
+                mine = mine[~np.isin(own.item[mine], wanted.excluded[user].indices)]
             mine = mine[np.argsort(-own.decayed(-1)[mine], kind="stable")][:11]
             score[user, own.item[mine]] += 100 + own.decayed(-1)[mine]
     if wanted.excluded is not None:

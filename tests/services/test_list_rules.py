@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from assay_features.feast.repository import FeatureRepository
 from assay_features.items import item_plan
-from assay_features.schema import ItemTable, RecommendSchema
+from assay_features.schema import ItemTable, RecommendSchema, schema_to_dict
 from assay_pipelines.recommend.off_policy import Shown
-from assay_platform.errors import DataError
+from assay_platform.errors import ArtifactError, DataError
+from assay_platform.models import sentences
 from assay_platform.models.content import ItemFacts, fit_content_map
 from assay_platform.models.histories import DAY_US, Again, Histories
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
@@ -26,7 +27,7 @@ TABLE = ItemTable(path="items.csv", id="item", text=("title",), categorical=("ki
 SCHEMA = RecommendSchema(user="user", item="item", timestamp="time", items=TABLE)
 
 
-def model(again: Again = Again.NOTHING) -> Recommender:
+def model(again: Again = Again.NOTHING, *, read: bool = False) -> Recommender:
     rng = np.random.default_rng(0)
     now_us = 100 * DAY_US
     histories = Histories.of(
@@ -35,7 +36,10 @@ def model(again: Again = Again.NOTHING) -> Recommender:
     )  # fmt: skip
     items = [f"i{i}" for i in range(NUM_ITEMS)]
     table = {item: {"title": f"Item {i}", "kind": f"k{i % 3}"} for i, item in enumerate(items)}
-    facts, past = ItemFacts.of(items, table, text=["title"], categorical=["kind"]), ItemPast.of(histories, NUM_ITEMS)
+    facts, past = (
+        ItemFacts.of(items, table, text=["title"], categorical=["kind"], sentences=read),
+        ItemPast.of(histories, NUM_ITEMS),
+    )
     vectors = ItemVectors(rng.normal(size=(NUM_ITEMS, 8)).astype("f4"), np.zeros(NUM_ITEMS, dtype="f4"), 1.0)
     regression = fit_item_regression(histories, NUM_ITEMS, RegressionConfig(penalty=5.0))
     content = fit_content_map(facts, vectors.stacked(), past.takers)
@@ -119,3 +123,18 @@ def test_what_was_only_looked_at_may_be_in_a_list_and_what_was_bought_may_not(re
         service.parse_events([{**events[0], "did": "stole"}])
     with pytest.raises(DataError, match=r"events\[0\].did: is missing"):
         service.parse_events([{key: value for key, value in events[0].items() if key != "did"}])
+
+
+def test_a_model_that_reads_titles_serves_new_ones_or_says_what_is_missing(
+    repository: FeatureRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = {"schema": schema_to_dict(SCHEMA), "plan": item_plan(SCHEMA).to_dict(), "repository": "shop"}
+    model(read=True).save(tmp_path / "model", {"features": features})
+    service = ItemRecommender.load(tmp_path / "model", repository)
+    assert service.add_items([{"item": "new", "title": "Item 3", "kind": "k0"}]) == (1, [])
+    everything, _ = service.recommend("u1", k=NUM_ITEMS + 1, exclude_seen=False, context={})
+    assert "new" in {item.item_id for item in everything}
+    monkeypatch.setattr(sentences, "_PACKAGE", "not_installed")
+    sentences._model.cache_clear()
+    with pytest.raises(ArtifactError, match=r"model: .*pip install 'assay\[text\]'"):
+        ItemRecommender.load(tmp_path / "model", repository)

@@ -339,7 +339,8 @@ class Sources:
             return np.asarray(np.sum(parts, axis=0), dtype=np.float32) if len(parts) > 1 else parts[0]
 
         score = blended(lambda scores: scores.value_NH)
-        own_user, own_item, own_score = _own_first(own, round(_OWN_CANDIDATES * num) if own_past else 0)
+        num_own = round(_OWN_CANDIDATES * num) if own_past else 0
+        own_user, own_item, own_score = _own_first(own, num_own, wanted.excluded)
         in_head = self.place[own_item] >= 0
         score[own_user[in_head], self.place[own_item[in_head]]] += own_score[in_head]
         if wanted.excluded is not None:
@@ -458,10 +459,16 @@ def _signed_log(values: NDArray[np.float64]) -> Floats:
     return np.asarray(np.sign(values) * np.log1p(np.abs(values)), dtype=np.float32)
 
 
-def _own_first(own: OwnPast, num: int) -> tuple[Index, Index, Floats]:
-    """User, item and what is added to the score of what each user took most, lately for more: the first `num` of it."""
+def _own_first(own: OwnPast, num: int, excluded: sp.csr_matrix | None) -> tuple[Index, Index, Floats]:
+    """User, item and what is added to the score of what each user took most, lately for more: the first `num` of it
+    that are not excluded (N, I).
+    """
     decayed = own.decayed(-1)
     order = np.lexsort((-decayed, own.user))
+    if excluded is not None and num:
+        user, item = excluded.nonzero()
+        keys = np.sort(user.astype(np.int64) * excluded.shape[1] + item)
+        order = order[~_within(own.pair[order], keys)]
     user = own.user[order]
     starts = np.searchsorted(user, user, side="left")
     order = order[np.arange(len(order)) - starts < num]
