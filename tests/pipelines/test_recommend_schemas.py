@@ -10,6 +10,7 @@ import pytest
 from assay_features.schema import RecommendSchema, schema_from_dict
 from assay_pipelines.console import Reporter
 from assay_pipelines.options import RunOptions
+from assay_pipelines.recommend import pipeline
 from assay_pipelines.recommend.evaluate import ranking_metrics
 from assay_pipelines.recommend.pipeline import Prepared, choose_recipe
 from assay_pipelines.recommend.train import (
@@ -180,3 +181,32 @@ def test_an_action_that_the_schema_does_not_name_is_an_error(tmp_path: Path) -> 
     frame.loc[7, "did"] = "stole"
     with pytest.raises(DataError, match=r"column 'did', row 8: 'stole' is unknown; allowed are view, click, buy"):
         prepared(tmp_path, frame, split={}, **{name: dict(value) for name, value in ACTIONS.items()})
+
+
+@pytest.mark.parametrize("protocol", ["temporal", "random", "leave-last-out"])
+def test_models_learn_from_some_users_and_features_are_of_all(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepared(tmp_path / "whole", table(), split={"protocol": protocol})
+    monkeypatch.setattr(pipeline, "MOST_LEARNED", 300)
+    some = prepared(tmp_path / "some", table(), split={"protocol": protocol})
+    assert 200 < len(some.events) <= 300
+    assert some.items == whole.items
+    per_user = pd.Series(whole.user).value_counts()
+    assert all(
+        np.sum(some.user == number) == per_user[whole.users.index(user)] for number, user in enumerate(some.users)
+    )
+    moment = some.train.now_us.max()
+    everything = whole.histories(np.arange(len(whole.events)), moment)
+    rows = np.arange(len(some.events))
+    np.testing.assert_allclose(
+        some.item_features(rows, some.histories(rows, moment)),
+        whole.item_features(np.arange(len(whole.events)), everything),
+        atol=1e-5,
+    )
+    labels_left_out = some.item_features(some.train_rows, some.train)
+    of_all = whole.item_features(np.arange(len(whole.events)), everything)
+    assert (labels_left_out != of_all).any() == (protocol != "temporal"), "by time nothing after the moment counts"
+    model = trained(some)
+    top, _ = model.rank(some.train, num=20, wanted=Wanted(some.train_matrix))
+    assert ranking_metrics(top, some.test, some.train_matrix)["ndcg_at_10"] > 0.03

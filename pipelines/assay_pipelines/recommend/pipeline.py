@@ -66,8 +66,8 @@ _WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _DIVERSITIES = (0.0, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.2)
 # Candidates that the ranker may order instead of all that it learned from, most first, and what that may cost.
 _NUMS_RANKED, _LOST_BY_FEW = (100, 50, 30), 0.001
-# Rows of a table that is read at once; of a larger one, chunks.
-MOST_AT_ONCE = 5_000_000
+# Rows of a table that is read at once; of a larger one, chunks. And rows that models learn from, at most.
+MOST_AT_ONCE, MOST_LEARNED = 5_000_000, 10_000_000
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
@@ -89,9 +89,13 @@ class Prepared:
             if options.max_rows is not None:
                 events = events.take(slice(max(0, len(events) - options.max_rows), None))
             self.num_rows = len(events)
-            self.events = events = self._most_taken(events)
+            self.all_events = events = self._most_taken(events)
+            item, items = pd.factorize(events.keys[self.schema.item])
+            self._learned = self._drawn(events)
+            if len(self._learned) < len(events):
+                events = events.take(self._learned)
+            self.events, self.item = events, item[self._learned]
             self.user, users = pd.factorize(events.keys[self.schema.user])
-            self.item, items = pd.factorize(events.keys[self.schema.item])
             self.users, self.items = [str(u) for u in users], [str(i) for i in items]
             stage.update(1.0, f"{len(events):,} rows, {len(users):,} users, {len(items):,} items")
         self.parts: Parts = self._split(self.user, events)
@@ -139,6 +143,22 @@ class Prepared:
         kept = set(counts.index[:most])
         self._reporter.line(f"{len(counts):,} items; the {most:,} most taken are kept")
         return events.take(np.flatnonzero([item in kept for item in items]))
+
+    def _drawn(self, events: Events) -> Rows:
+        """Rows that models learn from: all, or those of users drawn at random where there are more than they need."""
+        user, users = pd.factorize(events.keys[self.schema.user])
+        if len(events) <= MOST_LEARNED:
+            return np.arange(len(events))
+        order = np.random.default_rng(self.options.seed).permutation(len(users))
+        count = np.cumsum(np.bincount(user)[order])
+        chosen = np.zeros(len(users), dtype=bool)
+        chosen[order[: max(1, int(np.searchsorted(count, MOST_LEARNED, side="right")))]] = True
+        rows = np.flatnonzero(chosen[user])
+        self._reporter.line(
+            f"{len(events):,} rows; models learn from {len(rows):,}, of {int(chosen.sum()):,} users drawn out of "
+            f"{len(users):,}; features are of all"
+        )
+        return rows
 
     def histories(self, rows: Rows, now_us: int | Index) -> Histories:
         """Some interactions, a row for each user."""
@@ -212,13 +232,20 @@ class Prepared:
     def _holdout(self, seen: Rows, labels: Rows) -> Holdout:
         histories = self.histories(seen, self._asked_at(labels))
         wanted = self._wanted(labels, histories)
-        of_nothing = self.item_features(seen[:0], histories)
-        return Holdout(histories, wanted, self.item_features(seen, histories), of_nothing[0])
+        of_nothing = features_at(self._item_only, self.all_events.take(seen[:0]), self._spine(0))
+        new_S = ranker_columns(self.plan, of_nothing)[0]
+        return Holdout(histories, wanted, self.item_features(seen, histories), new_S)
 
     def item_features(self, rows: Rows, histories: Histories) -> Floats:
-        """(I, S) of some interactions, at the newest moment that the histories ask about."""
+        """(I, S) of some interactions, and of all of users that nothing is learned from, at the newest moment that the
+        histories ask about.
+        """
+        known = np.ones(len(self.all_events), dtype=bool)
+        known[self._learned] = False
+        known[self._learned[rows]] = True
         spine = self._spine(int(histories.now_us.max()))
-        return ranker_columns(self.plan, features_at(self._item_only, self.events.take(np.sort(rows)), spine))
+        seen = self.all_events.take(np.flatnonzero(known))
+        return ranker_columns(self.plan, features_at(self._item_only, seen, spine))
 
     def _spine(self, moment_us: int) -> Events:
         keys = {self.schema.item: np.asarray(self.items, dtype=object)}
@@ -229,9 +256,9 @@ class Prepared:
         from assay_features.feast.repository import FeatureRepository, value_frames
 
         with self._reporter.stage("features", "Compute, publish, retrieve") as stage:
-            spine = self._spine(int(self.events.time_us[-1]) + 1)
-            values = features_at(self._item_only, self.events, spine)
-            states = {entity: final_states(self.plan, entity, self.events) for entity in self.plan.entities}
+            spine = self._spine(int(self.all_events.time_us[-1]) + 1)
+            values = features_at(self._item_only, self.all_events, spine)
+            states = {entity: final_states(self.plan, entity, self.all_events) for entity in self.plan.entities}
             repository = FeatureRepository(self.options.feature_repository)
             frames = value_frames(self._item_only, spine, values)
             repository.publish(self.plan, frames, states, schema=schema_to_dict(self.schema))
