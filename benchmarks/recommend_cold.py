@@ -24,7 +24,7 @@ from assay_pipelines.recommend.pipeline import Prepared
 from assay_pipelines.recommend.train import RankerTraining, Recipe, train_ranker
 from assay_pipelines.recommend.train_graph import DEFAULTS
 from assay_pipelines.recommend.train_sequence import SequenceTraining
-from assay_platform.models.histories import Histories
+from assay_platform.models.histories import Histories, Index
 from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.sources import Wanted, Weights
 from numpy.typing import NDArray
@@ -97,7 +97,7 @@ def ours(prepared: Prepared, case: Case, seed: int) -> Lists:
 def content(prepared: Prepared, case: Case) -> Lists:
     """The items whose words are most like those of a history."""
     words, seen = prepared.facts.content, case.asked.matrix(len(prepared.items))
-    return listed(prepared, case, lambda first, end: (seen[first:end] @ words @ words.T).toarray())
+    return listed(prepared, case, lambda users: (seen[users] @ words @ words.T).toarray())
 
 
 def popularity(prepared: Prepared, case: Case) -> Lists:
@@ -105,19 +105,19 @@ def popularity(prepared: Prepared, case: Case) -> Lists:
     counts = np.bincount(prepared.item[case.rows], minlength=len(prepared.items))
     ties = np.random.default_rng(0).random(len(counts))
     score = (counts + ties).astype(np.float32)
-    return listed(prepared, case, lambda first, end: np.tile(score, (end - first, 1)))
+    return listed(prepared, case, lambda users: np.tile(score, (len(users), 1)))
 
 
-def listed(prepared: Prepared, case: Case, scores: Callable[[int, int], NDArray[np.float32]]) -> Lists:
+def listed(prepared: Prepared, case: Case, scores: Callable[[Index], NDArray[np.float32]]) -> Lists:
     """Lists of scores, of what is allowed."""
 
-    def allowed(first: int, end: int) -> NDArray[np.float32]:
-        found = scores(first, end)
+    def allowed(users: Index) -> NDArray[np.float32]:
+        found = scores(users)
         if case.allowed is not None:
             found[:, ~case.allowed] = -np.inf
         return found
 
-    return best_items(allowed, case.wanted.shape, prepared.again.excluded(case.asked, len(prepared.items)))
+    return best_items(allowed, case.wanted, prepared.again.excluded(case.asked, len(prepared.items)))
 
 
 def main() -> None:

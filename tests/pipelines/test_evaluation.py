@@ -7,7 +7,7 @@ from assay_features.schema import Split
 from assay_pipelines.fraud.evaluate import expected_calibration_error, fraud_metrics, tolerated_calibration_error
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.recommend.baseline import ease_weights, frequencies
-from assay_pipelines.recommend.evaluate import Hits, interval, ranking_metrics
+from assay_pipelines.recommend.evaluate import Hits, best_items, interval, of_some_users, ranking_metrics
 from assay_pipelines.recommend.split import split_interactions
 from assay_platform.errors import DataError
 from assay_platform.models.histories import Histories
@@ -157,3 +157,21 @@ def test_the_gate(changes: dict[str, object], passed: bool, text: str) -> None:
     report = gate(**changes)
     assert report.passed is passed  # type: ignore[attr-defined]
     assert text in report.summary  # type: ignore[attr-defined]
+
+
+def test_lists_of_those_who_want_something_alone() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(30, 25)).astype(np.float32)
+    wanted = sp.csr_matrix((rng.random((30, 25)) < 0.05).astype(np.float32))
+    excluded = sp.csr_matrix((rng.random((30, 25)) < 0.3).astype(np.float32))
+    asked = np.flatnonzero(np.diff(wanted.indptr))
+    assert 0 < len(asked) < 30
+    top = best_items(lambda users: scores[users], wanted, excluded)
+    left_out = np.where(excluded.toarray() > 0, -np.inf, scores)
+    np.testing.assert_array_equal(top[asked, :5], np.argsort(-left_out[asked], axis=1)[:, :5])
+    assert not np.delete(top, asked, axis=0).any()
+    some = of_some_users(wanted, 4, seed=1)
+    kept = np.flatnonzero(np.diff(some.indptr))
+    assert len(kept) == 4
+    assert (some[kept] != wanted[kept]).nnz == 0
+    assert of_some_users(wanted, 30, seed=1) is wanted

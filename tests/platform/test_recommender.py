@@ -479,3 +479,16 @@ def test_as_if_new_nothing_is_known_of_an_item_but_its_words() -> None:
         np.linalg.norm(same - same.mean(0), axis=1).mean()
         < 0.7 * np.linalg.norm(others - others.mean(0), axis=1).mean()
     )
+
+
+def test_many_users_are_ranked_as_few_are_and_nobody_as_well() -> None:
+    model = model_of(made_up(4000, num_users=700), again=Again.NOTHING)
+    everyone = made_up(4000, num_users=700)
+    wanted = Wanted(Again.NOTHING.excluded(everyone, NUM_ITEMS))
+    items, scores = model.rank(everyone, num=5, wanted=wanted)
+    for first in range(0, 700, 100):
+        some, some_scores = model.rank(everyone.part(first, first + 100), num=5, wanted=wanted.part(first, first + 100))
+        np.testing.assert_array_equal(items[first : first + 100], some)
+        np.testing.assert_allclose(scores[first : first + 100], some_scores, atol=1e-5)
+    nobody, _ = model.rank(everyone.part(0, 0), num=5)
+    assert nobody.shape == (0, 5)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sp
-from assay_platform.models.histories import DAY_US, Again, Floats, Histories
+from assay_platform.models.histories import DAY_US, Again, Floats, Histories, Index
 from numpy.typing import NDArray
 
 from assay_pipelines.recommend.evaluate import Lists, best_items, ranking_metrics
@@ -48,6 +48,7 @@ def measure_baselines(
     """Each with what is best on validation, refitted on train (fit + validation); and its lists of the test part."""
     num_items = test.shape[1]
     seen = {"fit": fit.matrix(num_items), "train": train.matrix(num_items)}
+    wanted = {"fit": validation, "train": test}
     excluded = {"fit": again.excluded(fit, num_items), "train": again.excluded(train, num_items)}
 
     def ease(part: str, penalty: float) -> Lists:
@@ -56,16 +57,16 @@ def measure_baselines(
         taken = seen[part][:, head]
         weights = ease_weights(taken, penalty)
 
-        def scores(first: int, end: int) -> Floats:
-            found = np.zeros((end - first, num_items), dtype=np.float32)
-            found[:, head] = taken[first:end] @ weights
+        def scores(users: Index) -> Floats:
+            found = np.zeros((len(users), num_items), dtype=np.float32)
+            found[:, head] = taken[users] @ weights
             return found
 
-        return best_items(scores, test.shape, excluded[part])
+        return best_items(scores, wanted[part], excluded[part])
 
     def frequency(part: str, half_life_d: float) -> Lists:
         weights = frequencies(fit if part == "fit" else train, num_items, half_life_d)
-        return best_items(lambda first, end: weights[first:end].toarray(), test.shape, excluded[part])
+        return best_items(lambda users: weights[users].toarray(), wanted[part], excluded[part])
 
     rivals: dict[str, tuple[str, tuple[float, ...], Callable[[str, float], Lists]]]
     rivals = {"ease": ("penalty", PENALTIES, ease)}
@@ -88,6 +89,6 @@ def measure_baselines(
             "validation_ndcg_at_10": max(reached),
         }
     counts = np.asarray(seen["train"].sum(0), dtype=np.float32).ravel()
-    tops["popularity"] = best_items(lambda first, end: np.tile(counts, (end - first, 1)), test.shape, excluded["train"])
+    tops["popularity"] = best_items(lambda users: np.tile(counts, (len(users), 1)), test, excluded["train"])
     found["popularity"] = ranking_metrics(tops["popularity"], test, seen["train"])
     return found, tops

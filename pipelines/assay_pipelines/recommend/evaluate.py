@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from assay_platform.models.histories import Index
 from assay_platform.models.sources import top_candidates
 from numpy.typing import NDArray
 
@@ -20,20 +21,33 @@ Floats = NDArray[np.float64]
 
 
 def best_items(
-    scores: Callable[[int, int], NDArray[np.float32]], shape: tuple[int, int], excluded: sp.csr_matrix | None
+    scores: Callable[[Index], NDArray[np.float32]], wanted: sp.csr_matrix, excluded: sp.csr_matrix | None
 ) -> Lists:
-    """(U, DEPTH) items by descending score. scores: (n, I) of the users from one to below another. shape: (U, I).
-    excluded (U, I): left out.
+    """(U, DEPTH) items by descending score, of users who want something; zeros for others. scores: rows of users (n,) →
+    (n, I). excluded (U, I): left out.
     """
-    num_users, num_items = shape
-    step, tops = max(1, _CELLS // num_items), []
-    for first in range(0, num_users, step):
-        end = min(first + step, num_users)
-        found = scores(first, end)
+    num_users, num_items = wanted.shape
+    users, step = np.flatnonzero(np.diff(wanted.indptr)), max(1, _CELLS // num_items)
+    lists = np.zeros((num_users, min(DEPTH, num_items)), dtype=np.int64)
+    for first in range(0, len(users), step):
+        chosen = users[first : first + step]
+        found = scores(chosen)
         if excluded is not None:
-            found[excluded[first:end].nonzero()] = -np.inf
-        tops.append(top_candidates(found, DEPTH))
-    return np.concatenate(tops)
+            found[excluded[chosen].nonzero()] = -np.inf
+        lists[chosen] = top_candidates(found, DEPTH)
+    return lists
+
+
+def of_some_users(wanted: sp.csr_matrix, most: int, *, seed: int) -> sp.csr_matrix:
+    """Without what all users want but so many, drawn at random (U, I): metrics are means over users."""
+    users = np.flatnonzero(np.diff(wanted.indptr))
+    if len(users) <= most:
+        return wanted
+    kept = np.zeros(wanted.shape[0], dtype=np.float32)
+    kept[np.random.default_rng(seed).choice(users, most, replace=False)] = 1.0
+    some = sp.csr_matrix(sp.diags(kept) @ wanted)
+    some.eliminate_zeros()
+    return some
 
 
 class Hits(NamedTuple):

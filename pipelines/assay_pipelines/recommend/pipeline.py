@@ -29,7 +29,7 @@ from assay_pipelines.datasets.table import count_rows, load_items, load_table
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.recommend.baseline import measure_baselines
-from assay_pipelines.recommend.evaluate import DEPTH, ranking_metrics
+from assay_pipelines.recommend.evaluate import DEPTH, of_some_users, ranking_metrics
 from assay_pipelines.recommend.split import Parts, split_interactions
 from assay_pipelines.recommend.train import (
     Earliest,
@@ -66,8 +66,9 @@ _WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _DIVERSITIES = (0.0, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.2)
 # Candidates that the ranker may order instead of all that it learned from, most first, and what that may cost.
 _NUMS_RANKED, _LOST_BY_FEW = (100, 50, 30), 0.001
-# Rows of a table that is read at once; of a larger one, chunks. And rows that models learn from, at most.
-MOST_AT_ONCE, MOST_LEARNED = 5_000_000, 10_000_000
+# Rows of a table that is read at once; of a larger one, chunks. Rows that models learn from, at most, and users that
+# metrics are means over.
+MOST_AT_ONCE, MOST_LEARNED, MOST_MEASURED = 5_000_000, 10_000_000, 20_000
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
@@ -107,8 +108,10 @@ class Prepared:
         self.fit = self.histories(self.parts.fit, self._asked_at(self.parts.validation))
         self.train = self.histories(self.train_rows, self._asked_at(self.parts.test))
         self.fit_matrix, self.train_matrix = self.fit.matrix(len(items)), self.train.matrix(len(items))
-        self.validation = self._wanted(self.parts.validation, self.fit)[0]
-        self.test = self._wanted(self.parts.test, self.train)[0]
+        self.validation, self.test = (
+            of_some_users(self._wanted(part, seen)[0], MOST_MEASURED, seed=options.seed)
+            for part, seen in ((self.parts.validation, self.fit), (self.parts.test, self.train))
+        )
         table = self.schema.items
         known = load_items(table, options.schema_folder) if table is not None else {}
         with reporter.stage("load", "Read what is known of items"):
@@ -561,10 +564,10 @@ def _recommender(
 
 
 def _measure(model: Recommender, histories: Histories, wanted: sp.csr_matrix) -> dict[str, float]:
-    seen = histories.matrix(wanted.shape[1])
-    num = min(DEPTH, wanted.shape[1])
-    top, _ = model.rank(histories, num=num, wanted=Wanted(model.again.excluded(histories, wanted.shape[1])))
-    return ranking_metrics(top, wanted, seen)
+    num_items, users = wanted.shape[1], np.flatnonzero(np.diff(wanted.indptr))
+    asked = histories.of_users(users)
+    top, _ = model.rank(asked, num=min(DEPTH, num_items), wanted=Wanted(model.again.excluded(asked, num_items)))
+    return ranking_metrics(top, wanted[users], histories.matrix(num_items))
 
 
 def _champion_ndcg(folder: Path, prepared: Prepared) -> float:

@@ -61,12 +61,12 @@ def choose_regression(
     def measure(config: RegressionConfig) -> None:
         regression = fit_item_regression(histories, num_items, config, head)
 
-        def scores(first: int, end: int) -> Floats:
-            found = np.zeros((end - first, num_items), dtype=np.float32)
-            found[:, head] = regression.scores(seen[first:end])
+        def scores(users: Index) -> Floats:
+            found = np.zeros((len(users), num_items), dtype=np.float32)
+            found[:, head] = regression.scores(seen[users])
             return found
 
-        top = best_items(scores, wanted.shape, excluded)
+        top = best_items(scores, wanted, excluded)
         measured[config] = ranking_metrics(top, wanted, seen)["ndcg_at_10"]
         on_progress(len(measured) / (len(_PENALTIES) + len(_CLOSENESS_S)), f"NDCG@10 {measured[best()]:.3f}")
 

@@ -271,7 +271,7 @@ def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, e
         whole = Subgraph.whole(graph.adjacencies(device=encoder.base_ID.device), encoder.num_layers)
         user_UD, item_ID = encoder(whole)
         seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
-        top = best_items(lambda a, b: encoder.score(user_UD[a:b], item_ID).cpu().numpy(), wanted.shape, excluded)
+        top = best_items(lambda users: encoder.score(user_UD[users], item_ID).cpu().numpy(), wanted, excluded)
     return ranking_metrics(top, wanted, seen)["ndcg_at_10"]
 
 

@@ -252,6 +252,8 @@ class Recommender:
             return self._rank_chunk(histories.part(start, end), num, wanted.part(start, end), store or self._stored)
 
         starts = range(0, histories.num_users, _RANKING_CHUNK)
+        if not starts:
+            return np.zeros((0, num), dtype=np.int64), np.zeros((0, num), dtype=np.float32)
         if len(starts) == 1:
             return ranked(0)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
