@@ -15,12 +15,13 @@ import scipy.sparse as sp
 import torch
 from assay_platform.models.graph import GraphEncoder, ItemGraph, Subgraph
 from assay_platform.models.graph_sampling import GraphSampler
+from assay_platform.models.histories import Floats, Index
 from assay_platform.models.sources import ItemVectors
 from assay_platform.training import TrainConfig, fastest_device, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from torch import Tensor
 
-from assay_pipelines.recommend.evaluate import best_items, ranking_metrics
+from assay_pipelines.recommend.evaluate import Hits, best_items
 
 _STEPS_AN_EPOCH = 10
 # The softmax of a step: users, and users times items. Items are drawn where that leaves too few users.
@@ -261,18 +262,19 @@ def train_encoder(
 def item_vectors(encoder: GraphEncoder, graph: ItemGraph) -> ItemVectors:
     """Propagated item vectors over a graph."""
     return ItemVectors(
-        encoder.all_items(graph), encoder.bias_I.detach().numpy().copy(), float(encoder.log_scale.detach().exp())
+        encoder.all_items(graph), encoder.bias_I.detach().cpu().numpy().copy(), float(encoder.log_scale.detach().exp())
     )
 
 
 def graph_ndcg(encoder: GraphEncoder, graph: ItemGraph, wanted: sp.csr_matrix, excluded: sp.csr_matrix | None) -> float:
     """NDCG@10 of the encoder alone."""
-    with torch.no_grad():
-        whole = Subgraph.whole(graph.adjacencies(device=encoder.base_ID.device), encoder.num_layers)
-        user_UD, item_ID = encoder(whole)
-        seen = sp.csr_matrix((np.ones(len(graph.user), dtype=np.float32), (graph.user, graph.item)), wanted.shape)
-        top = best_items(lambda users: encoder.score(user_UD[users], item_ID).cpu().numpy(), wanted, excluded)
-    return ranking_metrics(top, wanted, seen)["ndcg_at_10"]
+    vectors, taken = item_vectors(encoder, graph), graph.relations[0].matrix()
+
+    def scores(users: Index) -> Floats:
+        user_ND = taken[users] @ vectors.item_ID * np.float32(vectors.scale)
+        return np.asarray(user_ND @ vectors.item_ID.T + vectors.bias_I, dtype=np.float32)
+
+    return float(Hits.of(best_items(scores, wanted, excluded), wanted).ndcg().mean())
 
 
 @dataclass(frozen=True, kw_only=True)
