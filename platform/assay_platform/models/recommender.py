@@ -43,7 +43,7 @@ from assay_platform.models.sources import (
 from assay_platform.moe import Backbone, BackboneConfig
 
 _FAR = 5.0  # standard deviations beyond which a feature says nothing more
-_RANKING_CHUNK = 256
+_RANKING_CHUNK, _RANKING_THREADS = 256, 16
 _EXPLORED = 50  # candidates that chance may give a place
 _RANKER_BACKBONE = BackboneConfig(width=64, hidden=64, num_blocks=1, num_experts=4, top_k=2, dropout=0.2)
 
@@ -256,7 +256,7 @@ class Recommender:
             return np.zeros((0, num), dtype=np.int64), np.zeros((0, num), dtype=np.float32)
         if len(starts) == 1:
             return ranked(0)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(_RANKING_THREADS, os.cpu_count() or 1)) as pool:
             parts = list(pool.map(ranked, starts))
         tops, values = zip(*parts, strict=True)
         return np.concatenate(tops), np.concatenate(values)
