@@ -121,10 +121,10 @@ def backfill(
 def over_tasks(items: list[Any], work: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[Any]:
     """Ray Data over items, one task each; yields what `work` makes of them as they finish. Ray must be running.
 
-    work: {"item": one of them} → a row, with what is wrong with the data as its "problem".
+    work: {"item": one of them} → a row.
 
     Raises:
-        DataError: a row has a problem.
+        DataError: `work` raised one.
         WorkError: a worker failed.
     """
     if not items:
@@ -140,12 +140,25 @@ def over_tasks(items: list[Any], work: Callable[[dict[str, Any]], dict[str, Any]
         logging.getLogger(name).setLevel(logging.ERROR)  # progress is ours to show
     try:
         dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-        for row in dataset.map(work).iter_rows():
+        for row in dataset.map(_Answering(work)).iter_rows():
             if row["problem"]:
                 raise DataError(row["problem"])
             yield row
     except RayError as error:
         raise WorkError(f"a worker failed: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Answering:
+    """Says what is wrong with the data as an answer rather than an exception, which Ray would bury in its own."""
+
+    work: Callable[[dict[str, Any]], dict[str, Any]]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"problem": "", **self.work(row)}
+        except DataError as error:
+            return {"problem": str(error)}
 
 
 @dataclass(frozen=True)
@@ -157,15 +170,12 @@ class _Scatter:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         chunk = int(row["item"])
-        try:
-            events = self.source.read(chunk)
-        except DataError as error:  # an answer rather than an exception: Ray would bury it in its own
-            return {"problem": str(error)}
+        events = self.source.read(chunk)
         for entity in self.plan.entities:
             path = _spill(self.folder, entity, chunk)
             if not path.is_file():
                 self._write(path, entity, events)
-        return {"problem": ""}
+        return {}
 
     def _write(self, path: Path, entity: Entity, events: Events) -> None:
         own = _own_plan(self.plan, entity)
@@ -214,7 +224,7 @@ class _Replay:
         # Last, since its presence says that the partition is done.
         with atomic_file(_states_path(self.folder, entity, partition)) as part:
             pq.write_table(final_states(own, entity, events).to_arrow(entity), part, compression="zstd")
-        return {"problem": ""}
+        return {}
 
 
 def _own_plan(plan: FeaturePlan, entity: Entity) -> FeaturePlan:

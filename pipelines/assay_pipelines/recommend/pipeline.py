@@ -149,9 +149,9 @@ class Prepared:
 
     def _drawn(self, events: Events) -> Rows:
         """Rows that models learn from: all, or those of users drawn at random where there are more than they need."""
-        user, users = pd.factorize(events.keys[self.schema.user])
         if len(events) <= MOST_LEARNED:
             return np.arange(len(events))
+        user, users = pd.factorize(events.keys[self.schema.user])
         order = np.random.default_rng(self.options.seed).permutation(len(users))
         count = np.cumsum(np.bincount(user)[order])
         chosen = np.zeros(len(users), dtype=bool)

@@ -70,10 +70,8 @@ class GraphSampler:
             self._take_out(dropped, 1)
         among = place[graph.item[edge]] < len(told_apart)
         wanted, hidden = ((row[part], place[graph.item[edge[part]]]) for part in (drop, among & ~drop))
-        whole = Subgraph(torch.from_numpy(reached).to(device), rounds[::-1], of_users)
-        if device is not None:
-            whole = whole._replace(users=_moved(of_users, device))
-        return Sample(whole, items, len(told_apart), wanted, hidden)
+        part = Subgraph(torch.from_numpy(reached).to(device), rounds[::-1], _moved(of_users, device))
+        return Sample(part, items, len(told_apart), wanted, hidden)
 
     def _take_out(self, edges: Index, by: int) -> None:
         self._present[edges] = by > 0
