@@ -9,10 +9,10 @@ the same instant, later events, or any label. Not covered: tables beyond memory,
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from assay_features.definitions import Entity, FeaturePlan, entity_columns
 from assay_features.events import KEY_SEPARATOR, Events, Keys, Reports
 from assay_features.state import Floats, Index, StateLayout, Times, entity_keys, last_times
 
-_MIN_ROWS_A_THREAD = 20_000
+_MIN_ROWS_A_THREAD, _ENTITIES_A_PART = 20_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,13 @@ class EntityStates:
     keys: Keys  # (V,)
     time_us: Times  # (V,) last event
     states: Floats  # (V, S)
-    sequences: list["RecentValues"]  # (V,) of the plan's Sequence; empty ones without
+    sequences: Sequence["RecentValues"]  # (V,) of the plan's Sequence; empty ones without
+
+    def parts(self) -> Iterator["EntityStates"]:
+        """All of them, as many at a time as are written at once; one part at least."""
+        for first in range(0, max(1, len(self.keys)), _ENTITIES_A_PART):
+            rows = slice(first, first + _ENTITIES_A_PART)
+            yield EntityStates(self.keys[rows], self.time_us[rows], self.states[rows], self.sequences[rows])
 
     def to_arrow(self, entity: Entity) -> pa.Table:
         """Key columns, event_timestamp, state and sequence as bytes: what the entity's state view holds."""
@@ -74,6 +80,31 @@ class RecentValues(NamedTuple):
         times = (*self.time_us[:place], time_us, *self.time_us[place:])
         values = (*self.values[:place], value, *self.values[place:])
         return RecentValues(times[-length:], values[-length:])
+
+
+class _Sequences(Sequence[RecentValues]):
+    """Sequences of V entities in columns: numbers of events and references to values, however many there are.
+
+    rows (E,): of the events, each entity's together. start (V + 1,): where an entity's begin.
+    """
+
+    def __init__(self, start: Index, rows: Index, time_us: Times, values: Keys) -> None:
+        self._start, self._rows, self._time_us, self._values = start, rows, time_us, values
+
+    def __len__(self) -> int:
+        return len(self._start) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> RecentValues: ...
+    @overload
+    def __getitem__(self, at: slice) -> "_Sequences": ...
+    def __getitem__(self, at: int | slice) -> "RecentValues | _Sequences":
+        if isinstance(at, slice):
+            first, end, _ = at.indices(len(self))
+            return _Sequences(self._start[first : max(first, end) + 1], self._rows, self._time_us, self._values)
+        place = range(len(self))[at]
+        rows = self._rows[self._start[place] : self._start[place + 1]]
+        return RecentValues(tuple(self._time_us[rows].tolist()), tuple(self._values[rows].tolist()))
 
 
 _NO_VALUES = json.dumps(RecentValues()).encode()
@@ -254,16 +285,14 @@ def _grouped(codes: Index, time_us: Times, num_entities: int) -> _Grouped:
     return _Grouped(order[num_missing:].astype(np.int64), bounds)
 
 
-def _recent_values(plan: FeaturePlan, entity: Entity, events: Events, keys: Keys) -> list[RecentValues]:
+def _recent_values(plan: FeaturePlan, entity: Entity, events: Events, keys: Keys) -> Sequence[RecentValues]:
     sequence = plan.sequence_of(entity)
     if sequence is None:
         return [RecentValues()] * len(keys)
     codes, _, _ = _codes(entity, events, events)
-    grouped = _grouped(codes, events.time_us, len(keys))
     values = entity_keys(sequence.column, events)
-    out = []
-    for v in range(len(keys)):
-        rows = [i for i in grouped.order[grouped.bounds[v] : grouped.bounds[v + 1]] if values[i] is not None]
-        rows = rows[-sequence.length :]
-        out.append(RecentValues(tuple(int(events.time_us[i]) for i in rows), tuple(str(values[i]) for i in rows)))
-    return out
+    order, bounds = _grouped(np.where(pd.isna(values), -1, codes), events.time_us, len(keys))
+    kept = np.minimum(np.diff(bounds), sequence.length)
+    start = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+    rows = order[np.repeat(bounds[1:] - start[1:], kept) + np.arange(start[-1])]
+    return _Sequences(start, rows, events.time_us, values)

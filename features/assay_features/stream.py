@@ -37,7 +37,6 @@ from assay_features.vectors import NEVER_US, RecordKeys, ViewLayout
 _STATE, _SEQUENCE = "state", "sequence"
 # Ids of late times are forgotten when so many are held, or twice as many as were left the last time.
 _MAX_IDS = 100_000
-_LOAD_BATCH = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,11 +255,9 @@ class EventStream:
         """Write a part of a batch that does not fit into memory; `load` of nothing, at its end, publishes it."""
         for entity, batch in states.items():
             held = self._entities[entity]
-            segments = held.pack(batch.states, batch.sequences)
-            keys = held.record_keys(batch.keys.tolist())
-            for i in range(0, len(keys), _LOAD_BATCH):
-                part = slice(i, i + _LOAD_BATCH)
-                self._store.put_many(dict(zip(keys[part], segments[part], strict=True)))
+            for part in batch.parts():
+                segments = held.pack(part.states, part.sequences)
+                self._store.put_many(dict(zip(held.record_keys(part.keys.tolist()), segments, strict=True)))
 
     def checkpoint(self) -> None:
         """Write states in memory to the disk, and drop what is no longer needed of the log."""

@@ -1,5 +1,7 @@
 """Splits and metrics against obvious calculations."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -68,7 +70,10 @@ def test_ranking_metrics_equal_a_loop() -> None:
     assert metrics["ndcg_at_10"] == pytest.approx(np.mean(ndcg))
     assert metrics["recall_at_20"] == pytest.approx(np.mean(recall))
     assert metrics["coverage"] == pytest.approx(len({i for row in top for i in row[:10]}) / 50, abs=0.2)
-    assert 0 <= metrics["diversity"] <= 1
+    unit = (train / np.sqrt(train.power(2).sum(0))).toarray()
+    cosine = unit.T @ unit
+    alike = [cosine[a, b] for u in np.flatnonzero(np.diff(test.indptr)) for a, b in combinations(top[u][:10], 2)]
+    assert metrics["diversity"] == pytest.approx(1 - np.mean(alike))
     first = [next((1 / (i + 1) for i, item in enumerate(top[u][:10]) if test[u, item]), 0.0) for u in range(40)]
     wanting = np.diff(test.indptr) > 0
     assert metrics["mrr_at_10"] == pytest.approx(np.mean(np.array(first)[wanting]))

@@ -11,7 +11,8 @@ keeps a model with the definitions it was trained on.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -94,13 +95,15 @@ class FeatureRepository:
             table.save(self.folder)
         value_paths = {
             entity: self._write(
-                f"{_values_view(plan, entity)}.parquet", pa.Table.from_pandas(frame, preserve_index=False)
+                f"{_values_view(plan, entity)}.parquet", [pa.Table.from_pandas(frame, preserve_index=False)]
             )
             for entity, frame in values.items()
             if plan.of_entity(entity)
         }
         state_paths = {
-            entity: self._write(f"{state_view(plan, entity)}.parquet", states[entity].to_arrow(entity))
+            entity: self._write(
+                f"{state_view(plan, entity)}.parquet", (part.to_arrow(entity) for part in states[entity].parts())
+            )
             for entity in plan.entities
         }
         self.register(plan, value_paths, state_paths, schema=schema)
@@ -191,10 +194,16 @@ class FeatureRepository:
                 stream.close()
             self._streams = {}
 
-    def _write(self, name: str, table: pa.Table) -> Path:
-        path = self.folder / "offline" / name
-        with atomic_file(path) as part:
-            pq.write_table(table, part, coerce_timestamps="us", compression="zstd")
+    def _write(self, name: str, tables: Iterable[pa.Table]) -> Path:
+        """One file of at least one table."""
+        path, rest = self.folder / "offline" / name, iter(tables)
+        first = next(rest)
+        with (
+            atomic_file(path) as part,
+            pq.ParquetWriter(part, first.schema, coerce_timestamps="us", compression="zstd") as writer,
+        ):
+            for table in chain([first], rest):
+                writer.write_table(table)
         return path
 
 

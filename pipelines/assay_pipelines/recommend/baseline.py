@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from assay_platform.models.histories import DAY_US, Again, Floats, Histories, Index
 from numpy.typing import NDArray
 
-from assay_pipelines.recommend.evaluate import Lists, best_items, ranking_metrics
+from assay_pipelines.recommend.evaluate import Lists, best_items, ndcg_at_10, ranking_metrics
 
 PENALTIES = (200.0, 350.0, 500.0, 800.0, 1500.0)
 _MOST_OF_EASE = 8000
@@ -78,7 +78,7 @@ def measure_baselines(
     for name, (knob, values, lists) in rivals.items():
         reached = []
         for value in values:
-            reached.append(ranking_metrics(lists("fit", value), validation, seen["fit"])["ndcg_at_10"])
+            reached.append(ndcg_at_10(lists("fit", value), validation))
             done += 1
             on_progress(done / steps, f"{name} validation NDCG@10 {max(reached):.3f}")
         chosen = values[int(np.argmax(reached))]

@@ -29,7 +29,7 @@ from assay_pipelines.datasets.table import count_rows, load_items, load_table
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
 from assay_pipelines.recommend.baseline import measure_baselines
-from assay_pipelines.recommend.evaluate import DEPTH, of_some_users, ranking_metrics
+from assay_pipelines.recommend.evaluate import DEPTH, Lists, ndcg_at_10, of_some_users, ranking_metrics
 from assay_pipelines.recommend.split import Parts, split_interactions
 from assay_pipelines.recommend.train import (
     Earliest,
@@ -66,9 +66,10 @@ _WEIGHTS = (0.0, 0.25, 0.5, 1.0)
 _DIVERSITIES = (0.0, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.65, 0.8, 1.2)
 # Candidates that the ranker may order instead of all that it learned from, most first, and what that may cost.
 _NUMS_RANKED, _LOST_BY_FEW = (100, 50, 30), 0.001
-# Rows of a table that is read at once; of a larger one, chunks. Rows that models learn from, at most, and users that
-# metrics are means over.
-MOST_AT_ONCE, MOST_LEARNED, MOST_MEASURED = 5_000_000, 10_000_000, 20_000
+# Rows of a table that is read at once; of a larger one, chunks. Rows that models learn from, at most. Users that
+# choices go by, which compare the same ones, and that metrics are means over.
+MOST_AT_ONCE, MOST_LEARNED = 5_000_000, 10_000_000
+MOST_CHOSEN_BY, MOST_MEASURED = 5_000, 20_000
 _METRIC = "ndcg_at_10"
 
 Rows = NDArray[np.intp]
@@ -109,8 +110,11 @@ class Prepared:
         self.train = self.histories(self.train_rows, self._asked_at(self.parts.test))
         self.fit_matrix, self.train_matrix = self.fit.matrix(len(items)), self.train.matrix(len(items))
         self.validation, self.test = (
-            of_some_users(self._wanted(part, seen)[0], MOST_MEASURED, seed=options.seed)
-            for part, seen in ((self.parts.validation, self.fit), (self.parts.test, self.train))
+            of_some_users(self._wanted(part, seen)[0], most, seed=options.seed)
+            for part, seen, most in (
+                (self.parts.validation, self.fit, MOST_CHOSEN_BY),
+                (self.parts.test, self.train, MOST_MEASURED),
+            )
         )
         table = self.schema.items
         known = load_items(table, options.schema_folder) if table is not None else {}
@@ -325,11 +329,11 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
         fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, reporter, chosen)
         with reporter.stage("evaluate", "Choose on validation") as stage:
             measured = {
-                name: _measure(
+                name: _ndcg(
                     _recommender(prepared, prepared.fit, fitted.sources, fitted.store_IF, ranking),
                     prepared.fit,
                     prepared.validation,
-                )[_METRIC]
+                )
                 for name, ranking in fitted.rankings.items()
             }
             best = max(measured, key=lambda name: measured[name])
@@ -351,7 +355,7 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             prepared, prepared.train, refitted.sources, refitted.store_IF, ranking, diversity, num_ranked
         )
         with reporter.stage("evaluate", "Rank the test part"):
-            metrics = _measure(model, prepared.train, prepared.test)
+            metrics = ranking_metrics(*_ranked(model, prepared.train, prepared.test), prepared.train_matrix)
         with reporter.stage(
             "baseline", "EASE, popularity" + (", own frequency" if prepared.again.own_past else "")
         ) as stage:
@@ -421,12 +425,14 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
 
 
 class Chosen(NamedTuple):
-    """What validation chose, and what was fitted for that: the sources of the fitting part, those of its earliest
-    holdout.
+    """What validation chose, and what was made for that: the sources of the fitting part with their items' features,
+    its holdouts, and the sources of the earliest.
     """
 
     recipe: Recipe
     sources: Sources
+    store_IF: Floats
+    holdouts: list[Holdout]
     earliest: Earliest
 
 
@@ -443,7 +449,8 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
     sequence = None if split.protocol == "random" else SequenceTraining()
     recipe = Recipe(graph=graph, regression=regression, facts=prepared.facts, again=prepared.again, sequence=sequence)
     with reporter.stage("train", "Fit the sequence encoder" if sequence else "Fit the first holdout"):
-        earliest = fit_earliest(prepared.holdouts(prepared.parts.fit), recipe, seed=seed)
+        holdouts = prepared.holdouts(prepared.parts.fit)
+        earliest = fit_earliest(holdouts, recipe, seed=seed)
     with reporter.stage("train", "Weigh the sources") as stage:
         sources = fit_sources(prepared.fit, recipe, seed=seed, sequence=earliest.sources.sequence)
         store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
@@ -454,12 +461,12 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
             for weight in _WEIGHTS:
                 weights = replace(recipe.weights, **{name: weight})
                 model = _recommender(prepared, prepared.fit, replace(sources, weights=weights), store_IF, plain)
-                reached[weights] = _measure(model, prepared.fit, prepared.validation)[_METRIC]
+                reached[weights] = _ndcg(model, prepared.fit, prepared.validation)
                 part = (done + len(reached) / len(_WEIGHTS)) / len(names)
                 stage.update(part, f"NDCG@10 {max(reached.values()):.3f}")
             recipe = replace(recipe, weights=max(reached, key=lambda weights: reached[weights]))
         sources = replace(sources, weights=recipe.weights)
-    return Chosen(recipe, sources, earliest)
+    return Chosen(recipe, sources, store_IF, holdouts, earliest)
 
 
 class Trained(NamedTuple):
@@ -483,12 +490,14 @@ def trained(
     histories: of these rows. chosen: what was fitted to the same rows already.
     """
     config, seed = prepared.ranker_config, prepared.options.seed
-    holdouts = prepared.holdouts(rows)
-    with reporter.stage("train", "Fit the sources"):
-        earliest = fit_earliest(holdouts, recipe, seed=seed) if chosen is None else chosen.earliest
-        shared = earliest.sources.sequence
-        sources = fit_sources(histories, recipe, seed=seed, sequence=shared) if chosen is None else chosen.sources
-        store_IF = prepared.item_features(rows, histories)
+    if chosen is None:
+        with reporter.stage("train", "Fit the sources"):
+            holdouts = prepared.holdouts(rows)
+            earliest = fit_earliest(holdouts, recipe, seed=seed)
+            sources = fit_sources(histories, recipe, seed=seed, sequence=earliest.sources.sequence)
+            store_IF = prepared.item_features(rows, histories)
+    else:
+        _, sources, store_IF, holdouts, earliest = chosen
     with reporter.stage("train", "Fit them without the holdouts") as stage:
         of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=seed, on_progress=stage.update)
         lists = make_lists(holdouts, of_holdouts, recipe, config, seed=seed)
@@ -512,7 +521,7 @@ def choose_num_ranked(prepared: Prepared, fitted: Trained, ranking: Ranking, rep
         reached: dict[int, float] = {}
         for num in (most, *_NUMS_RANKED):
             model = _recommender(prepared, prepared.fit, fitted.sources, fitted.store_IF, ranking, num_ranked=num)
-            reached[num] = _measure(model, prepared.fit, prepared.validation)[_METRIC]
+            reached[num] = _ndcg(model, prepared.fit, prepared.validation)
             if reached[num] < (1 - _LOST_BY_FEW) * reached[most]:
                 del reached[num]
                 break
@@ -530,7 +539,7 @@ def choose_diversity(prepared: Prepared, fitted: Trained, ranking: Ranking, repo
         reached = []
         for weight in _DIVERSITIES:
             model = _recommender(prepared, prepared.fit, fitted.sources, fitted.store_IF, ranking, weight)
-            reached.append(_measure(model, prepared.fit, prepared.validation)[_METRIC])
+            reached.append(_ndcg(model, prepared.fit, prepared.validation))
             if reached[-1] >= (1 - allowed) * reached[0]:
                 chosen = weight
             elif reached[-1] < (1 - 3 * allowed) * reached[0]:
@@ -563,11 +572,16 @@ def _recommender(
     )
 
 
-def _measure(model: Recommender, histories: Histories, wanted: sp.csr_matrix) -> dict[str, float]:
+def _ranked(model: Recommender, histories: Histories, wanted: sp.csr_matrix) -> tuple[Lists, sp.csr_matrix]:
+    """Lists of the users who want something, and what these want."""
     num_items, users = wanted.shape[1], np.flatnonzero(np.diff(wanted.indptr))
     asked = histories.of_users(users)
     top, _ = model.rank(asked, num=min(DEPTH, num_items), wanted=Wanted(model.again.excluded(asked, num_items)))
-    return ranking_metrics(top, wanted[users], histories.matrix(num_items))
+    return top, wanted[users]
+
+
+def _ndcg(model: Recommender, histories: Histories, wanted: sp.csr_matrix) -> float:
+    return ndcg_at_10(*_ranked(model, histories, wanted))
 
 
 def _champion_ndcg(folder: Path, prepared: Prepared) -> float:
@@ -589,8 +603,7 @@ def _champion_ndcg(folder: Path, prepared: Prepared) -> float:
     ours = back[top]
     # An item of the champion that is not in this table cannot be a hit; any never wanted column would do.
     wanted = sp.hstack([prepared.validation, sp.csr_matrix((len(prepared.users), 1))], format="csr")
-    fit_wide = sp.hstack([prepared.fit_matrix, sp.csr_matrix((len(prepared.users), 1))], format="csr")
-    return ranking_metrics(np.where(ours < 0, len(prepared.items), ours), wanted, fit_wide)[_METRIC]
+    return ndcg_at_10(np.where(ours < 0, len(prepared.items), ours), wanted)
 
 
 def _signature() -> Any:

@@ -24,7 +24,7 @@ from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.training import TrainConfig, fastest_device, fit
 from torch import Tensor
 
-from assay_pipelines.recommend.evaluate import best_items, ranking_metrics
+from assay_pipelines.recommend.evaluate import best_items, ndcg_at_10
 from assay_pipelines.recommend.train_graph import item_vectors, train_encoder
 from assay_pipelines.recommend.train_sequence import SequenceTraining, train_sequence
 
@@ -67,7 +67,7 @@ def choose_regression(
             return found
 
         top = best_items(scores, wanted, excluded)
-        measured[config] = ranking_metrics(top, wanted, seen)["ndcg_at_10"]
+        measured[config] = ndcg_at_10(top, wanted)
         on_progress(len(measured) / (len(_PENALTIES) + len(_CLOSENESS_S)), f"NDCG@10 {measured[best()]:.3f}")
 
     for config in grid:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 _WINDOWS_A_STEP = 64
+# Of an epoch: of more, some are drawn.
+_MOST_STEPS = 400
 _CELLS = 2**23  # places times items of a step's softmax
 
 
@@ -103,7 +105,7 @@ class _Windows:
         self._gap = gap_buckets(histories.time_us, first)
         self._times = times_before(histories, len(self._graph_ID))
         length = np.diff(start)
-        self.num_batches = max(1, int(np.ceil(length / self._length).sum()) // _WINDOWS_A_STEP)
+        self.num_batches = min(_MOST_STEPS, max(1, int(np.ceil(length / self._length).sum()) // _WINDOWS_A_STEP))
 
     def batches(self, generator: np.random.Generator) -> Iterator[_Batch]:
         """One epoch."""
@@ -117,6 +119,8 @@ class _Windows:
         begin = histories.start[user] + np.maximum(nth * length - shift[user], 0)
         end = np.minimum(histories.start[user] + (nth + 1) * length - shift[user], histories.start[user + 1])
         order = generator.permutation(len(user))
+        if self.num_batches == _MOST_STEPS:
+            order = order[: _MOST_STEPS * _WINDOWS_A_STEP]
         for part in np.array_split(order, self.num_batches):
             yield self._batch(user[part], begin[part], end[part], generator)
 

@@ -94,12 +94,16 @@ class Relation:
         """(I,)."""
         return np.bincount(self.item, minlength=self.num_items)
 
+    @cached_property
+    def _item_scale(self) -> Floats:
+        return scale(self.item_degree)
+
     def matrix(self, first: int = 0, end: int | None = None) -> sp.csr_matrix:
         """(n, I) of some others: entries 1 / sqrt(degree of other · degree of item)."""
         end = self.num_others if end is None else end
         begin, stop = self.other_start[first], self.other_start[end]
         item = self.item[begin:stop]
-        value = scale(self.other_degree)[self.other[begin:stop]] * scale(self.item_degree)[item]
+        value = scale(np.repeat(self.other_degree[first:end], self.other_degree[first:end])) * self._item_scale[item]
         start = self.other_start[first : end + 1] - begin
         return sp.csr_matrix((value, item, start), (end - first, self.num_items))
 
