@@ -63,7 +63,7 @@ class Fitted(NamedTuple):
         """histories: of these rows."""
         holdouts = prepared.holdouts(rows)
         earliest = fit_earliest(holdouts, recipe, seed=seed)
-        sources = fit_sources(histories, recipe, seed=seed, sequence=earliest.sources.sequence)
+        sources = fit_sources(histories, recipe, seed=seed, shared=earliest.encoders)
         of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=seed)
         return Fitted(histories, sources, prepared.item_features(rows, histories), holdouts, of_holdouts)
 

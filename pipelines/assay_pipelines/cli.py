@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--name", metavar="MODEL", help="name in the registry (default: APP-DATA)")
         command.add_argument("--budget", type=float, default=120.0, metavar="SECONDS",
                              help="seconds for the search (default: 120)")  # fmt: skip
+        command.add_argument("--search", metavar="NAME",
+                             help="remember the search under this name; a search of that name that was cut off goes on "
+                                  "where it stopped")  # fmt: skip
         command.add_argument("--seed", type=int, default=42, metavar="N", help="same seed, same result (default: 42)")
         command.add_argument("--rows", type=int, metavar="N", help="only the newest N rows")
         command.add_argument("--plan", type=Path, metavar="FILE.json",

@@ -5,7 +5,7 @@ Results go to stdout through `say`; progress never does, so `--json` output can 
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -23,9 +23,23 @@ def complain(text: str) -> None:
 class Stage:
     """One step under way."""
 
-    def __init__(self, task: Any, progress: Any) -> None:
-        self._task, self._progress = task, progress
+    def __init__(self, task: Any, progress: Any, live: Any = None) -> None:
+        self._task, self._progress, self._live = task, progress, live
         self.note = ""
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """What is under way, below the bar; on a terminal alone."""
+        if self._live is None:
+            return
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for name in header:
+            table.add_column(name, no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self._live.update(Group(self._progress, table))
 
     def update(self, done: float, note: str = "") -> None:
         """done: fraction, 0 to 1. note: a few words behind the bar."""
@@ -52,6 +66,7 @@ class Reporter:
         started = time.perf_counter()
         if self._live:
             from rich.console import Console
+            from rich.live import Live
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             console = Console(file=self._stream)
@@ -61,9 +76,9 @@ class Reporter:
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            with Progress(*columns, console=console, transient=True) as progress:
-                task = progress.add_task(text, total=1.0, note="")
-                stage = Stage(task, progress)
+            progress = Progress(*columns, console=console)
+            with Live(progress, console=console, transient=True) as live:
+                stage = Stage(progress.add_task(text, total=1.0, note=""), progress, live)
                 yield stage
         else:
             stage = Stage(None, None)

@@ -18,6 +18,7 @@ class RunOptions:
 
     data: name of the data set or path, as the user gave it. budget_s: seconds for the search. max_trials: an
     upper limit besides. num_held_back: newest rows that the run must not see at all (the demo replays them).
+    search_name: a search that is remembered, and gone on with where it stopped.
     plan: features instead of those that the schema gives by itself (fraud). rules: decide before the model (fraud).
     update: the champion learns on instead of being trained anew (fraud). recalibrate: only its probabilities move.
     """
@@ -32,6 +33,7 @@ class RunOptions:
     seed: int = 42
     budget_s: float = 120.0
     max_trials: int = 30
+    search_name: str | None = None
     max_rows: int | None = None
     num_held_back: int = 0
     refit_on_all: bool = True

@@ -12,8 +12,10 @@ from assay_platform.config import Config
 from assay_platform.errors import ArtifactError, InputError, RegistryError
 from assay_platform.tasks.cluster import ray_cluster
 from assay_platform.tracking import CHALLENGER, CHAMPION, AuditLog, GateReport, ModelRegistry, RunLog
-from assay_platform.tuning.search import Objective, SearchBudget, SearchResult, TrialResult, search
-from assay_platform.tuning.space import Space
+from assay_platform.tuning.report import search_figures
+from assay_platform.tuning.search import Objective, Progress, SearchBudget, SearchResult, TrialResult, search
+from assay_platform.tuning.space import Space, active, read_value
+from assay_platform.tuning.stopping import Curve
 
 from assay_pipelines.console import Reporter
 from assay_pipelines.options import RunOptions
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from assay_platform.monitoring.routing import RoutingMonitor
     from mlflow.models import ModelSignature
 
+_MOST_EARLIER, _SHOWN_TRIALS = 2, 5
+
 
 def open_registry(config: Config) -> ModelRegistry:
     """The registry of this deployment."""
@@ -29,7 +33,9 @@ def open_registry(config: Config) -> ModelRegistry:
 
 
 @contextmanager
-def tracked_run(options: RunOptions, reporter: Reporter, *, fingerprint: str, plan_version: str) -> Iterator[RunLog]:
+def tracked_run(
+    options: RunOptions, reporter: Reporter, *, fingerprint: str, plan_version: str, num_rows: int
+) -> Iterator[RunLog]:
     """An MLflow run that says which code, data and features it is about."""
     with reporter.stage("track", "Open MLflow"):
         log = RunLog(options.config.tracking_uri, options.config.paths.home / "artifacts")
@@ -42,7 +48,14 @@ def tracked_run(options: RunOptions, reporter: Reporter, *, fingerprint: str, pl
         "mlflow.source.git.commit": _code_version(),
     }
     with log.run(f"assay-{options.application}", tags) as run:
-        run.log(params={"seed": options.seed, "budget_s": options.budget_s, "code_version": _code_version()})
+        run.log(
+            params={
+                "rows": num_rows,
+                "seed": options.seed,
+                "budget_s": options.budget_s,
+                "code_version": _code_version(),
+            }
+        )
         yield run
 
 
@@ -63,20 +76,35 @@ def run_search(
     defaults: Mapping[str, Any],
     max_epochs: int,
 ) -> SearchResult:
-    """Search on Ray within the budget; every trial becomes a child run."""
+    """Search on Ray within the budget; every trial becomes a child run, figures show how it went.
+
+    It starts from the defaults and from what was best in earlier searches over tables of a like size.
+    """
+    num_rows, identity = int(run.params["rows"]), f"{run.tags['assay.data_sha256']}:{options.seed}"
+    earlier = run.earlier_searches(list(space), tag="assay.application", param="rows")
+    earlier.sort(key=lambda one: abs(math.log(max(1.0, float(one["rows"])) / max(1, num_rows))))
+    points = [{n: read_value(space[n], one[f"best.{n}"]) for n in space} for one in earlier[:_MOST_EARLIER]]
+    if points:
+        reporter.line(f"the best of {len(points)} earlier searches are tried first")
+    journal = None
+    if options.search_name is not None:
+        journal = options.config.paths.searches / f"{options.model_name}-{options.search_name}.log"
     with reporter.stage("ray", "Start Ray"):
         cluster = ray_cluster()
         cluster.__enter__()
     try:
         with reporter.stage("tune", "Search (Bayesian, early stopping)") as stage:
-            best, count = -1.0, 0
+            best, count = -math.inf, 0
 
             def on_trial(trial: TrialResult) -> None:
                 nonlocal best, count
                 best, count = max(best, trial.metric), count + 1
-                varied = {name: trial.params[name] for name in space}
-                run.log_trial(f"trial-{count}", varied, {"metric": trial.metric, "epochs": trial.epochs}, ok=trial.ok)
-                stage.update(count / options.max_trials, f"{count} trials, best {best:.4f}")
+                varied = active(space, trial.params)
+                measured = {"metric": trial.metric, "epochs": trial.epochs, "seconds": trial.seconds, **trial.values}
+                finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+                run.log_trial(f"trial-{trial.number + 1}", varied, finite, ok=trial.ok)
+                reached = f", best {best:.4f}" if math.isfinite(best) else ""
+                stage.update(count / options.max_trials, f"{count} trials{reached}")
 
             budget = SearchBudget(num_trials=options.max_trials, time_s=options.budget_s, max_epochs=max_epochs)
             result = search(
@@ -86,7 +114,11 @@ def run_search(
                 defaults=defaults,
                 budget=budget,
                 seed=options.seed,
+                journal=journal,
+                identity=identity,
+                earlier=points,
                 on_trial=on_trial,
+                on_progress=lambda progress: stage.table(*_table(progress, space)),
             )
     finally:
         cluster.__exit__(None, None, None)
@@ -95,7 +127,28 @@ def run_search(
         reporter.line(f"no trial finished an epoch within {options.budget_s:g} s; the defaults are used (see --budget)")
     else:
         run.log(metrics={"search_best": result.metric})
+    for name, draw in search_figures(result.trials, space, metric="metric").items():
+        run.log_figure(name, draw)
     return result
+
+
+def _table(progress: Progress, space: Space) -> tuple[list[str], list[list[str]]]:
+    """What runs, then the best that ended: number, state, epochs, metric, parameters."""
+    rows = [
+        [str(number + 1), "running", *_last(curve), *_shown(active(space, params))]
+        for number, (params, curve) in progress.running.items()
+    ]
+    best = sorted(progress.ended, key=lambda trial: -trial.metric)[:_SHOWN_TRIALS]
+    rows += [[str(one.number + 1), one.state, *_last(one.curve), *_shown(active(space, one.params))] for one in best]
+    return ["trial", "", "epochs", "metric", "parameters"], rows
+
+
+def _last(curve: Curve) -> list[str]:
+    return [str(curve[-1][0]), f"{max(value for _, value in curve):.4f}"] if curve else ["", ""]
+
+
+def _shown(params: Mapping[str, Any]) -> list[str]:
+    return [", ".join(f"{name} {v:.3g}" if isinstance(v, float) else f"{name} {v}" for name, v in params.items())]
 
 
 def champion_metric(

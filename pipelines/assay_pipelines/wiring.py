@@ -23,6 +23,8 @@ from assay_pipelines.console import Reporter, complain, say
 from assay_pipelines.features import read_plan
 from assay_pipelines.options import RunOptions, RunReport
 
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
+
 
 def dispatch(call: argparse.Namespace) -> int:
     """Run one parsed command; returns the exit code."""
@@ -95,7 +97,7 @@ def make_options(
         raise InputError(f"{schema_file or data}: kind = {schema.kind!r}, but the command is for {application!r}")
     stem = data if data in CATALOGUE else table.stem
     model_name = name or f"{application}-{_slug(stem)}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", model_name):
+    if not re.fullmatch(_NAME, model_name):
         raise InputError(f"--name {model_name!r}: use letters, digits, '-', '_' and '.', at most 100")
     return RunOptions(
         config=config,
@@ -126,8 +128,11 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
         raise InputError(f"{flag} is for fraud: a recommender's run is short, so it is trained anew")
     if (update or recalibrate) and (call.plan or call.rules or call.rows):
         raise InputError(f"{flag} keeps the champion's features, rules and rows; leave --plan, --rules, --rows out")
+    if call.search is not None and not re.fullmatch(_NAME, call.search):
+        raise InputError(f"--search {call.search!r}: use letters, digits, '-', '_' and '.', at most 100")
     return replace(
-        options, seed=call.seed, budget_s=call.budget, max_rows=call.rows, plan=_plan(call), rules=_rules(call),
+        options, seed=call.seed, search_name=call.search, budget_s=call.budget, max_rows=call.rows,
+        plan=_plan(call), rules=_rules(call),
         update=update, recalibrate=recalibrate,
     )  # fmt: skip
 

@@ -41,6 +41,11 @@ class Paths:
         return self.home / "feast"
 
     @property
+    def searches(self) -> Path:
+        """Journals of searches that have a name."""
+        return self.home / "searches"
+
+    @property
     def audit_log(self) -> Path:
         """Append-only log of promotions and rollbacks."""
         return self.home / "audit.jsonl"

@@ -10,7 +10,7 @@ import pytest
 from assay_features.schema import RecommendSchema, schema_from_dict
 from assay_pipelines.console import Reporter
 from assay_pipelines.options import RunOptions
-from assay_pipelines.recommend import pipeline
+from assay_pipelines.recommend import pipeline, train, train_graph
 from assay_pipelines.recommend.evaluate import ranking_metrics
 from assay_pipelines.recommend.pipeline import Prepared, choose_recipe
 from assay_pipelines.recommend.train import (
@@ -24,6 +24,7 @@ from assay_pipelines.recommend.train import (
 from assay_pipelines.recommend.train_graph import DEFAULTS
 from assay_platform.config import load_config
 from assay_platform.errors import DataError
+from assay_platform.models.graph import GraphEncoder, ItemGraph
 from assay_platform.models.recommender import Recommender
 from assay_platform.models.sources import Wanted
 
@@ -66,7 +67,7 @@ def trained(data: Prepared) -> Recommender:
     recipe = choose_recipe(data, GRAPH, Reporter(), seed=0).recipe
     holdouts = data.holdouts(data.train_rows)
     earliest = fit_earliest(holdouts, recipe, seed=0)
-    sources = fit_sources(data.train, recipe, seed=0, sequence=earliest.sources.sequence)
+    sources = fit_sources(data.train, recipe, seed=0, shared=earliest.encoders)
     of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=0)
     lists = make_lists(holdouts, of_holdouts, recipe, data.ranker_config, seed=0)
     ranker, _ = train_ranker(lists, data.ranker_config, seed=0, training=RankerTraining(num_epochs=1))
@@ -210,3 +211,28 @@ def test_models_learn_from_some_users_and_features_are_of_all(
     model = trained(some)
     top, _ = model.rank(some.train, num=20, wanted=Wanted(some.train_matrix))
     assert ranking_metrics(top, some.test, some.train_matrix)["ndcg_at_10"] > 0.03
+
+
+def test_a_large_graph_is_trained_on_once_and_smoothed_over_every_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_graph, "MOST_AT_ONCE", 0)
+    trainings: list[int] = []
+    train_encoder = train.train_encoder
+
+    def counted(graph: ItemGraph, *args: Any, **settings: Any) -> GraphEncoder:
+        trainings.append(len(graph.user))
+        return train_encoder(graph, *args, **settings)
+
+    monkeypatch.setattr(train, "train_encoder", counted)
+    data = prepared(tmp_path, table(4_000), split={})
+    recipe = choose_recipe(data, GRAPH, Reporter(), seed=0).recipe
+    assert len(trainings) == 1
+    holdouts = data.holdouts(data.parts.fit)
+    assert len(holdouts) > 1
+    earliest = fit_earliest(holdouts, recipe, seed=0)
+    of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=0)
+    assert len(trainings) == 2
+    assert trainings[1] == min(len(holdout.seen.once().item) for holdout in holdouts)
+    vectors = [sources.vectors.item_ID for sources in of_holdouts]
+    assert not np.allclose(vectors[0], vectors[-1])

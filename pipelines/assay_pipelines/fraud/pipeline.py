@@ -53,7 +53,11 @@ def tune_fraud(options: RunOptions, reporter: Reporter) -> SearchResult:
     """Search only."""
     prepared = Prepared(options, reporter)
     with tracked_run(
-        options, reporter, fingerprint=prepared.table.fingerprint, plan_version=prepared.plan.version
+        options,
+        reporter,
+        fingerprint=prepared.table.fingerprint,
+        plan_version=prepared.plan.version,
+        num_rows=len(prepared.events),
     ) as run:
         return _search(options, reporter, run, prepared)
 
@@ -75,7 +79,9 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     """The whole pipeline, through to a registered version."""
     prepared = Prepared(options, reporter)
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}"
-    with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
+    with tracked_run(
+        options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version, num_rows=len(prepared.events)
+    ) as run:
         found = _search(options, reporter, run, prepared)
         fitted = fit_models(found.best, prepared, reporter, seed=options.seed)
         run.log_steps("validation.average_precision", fitted.history)

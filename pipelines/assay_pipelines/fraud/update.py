@@ -290,7 +290,13 @@ def _tracked(held: _Champion, reporter: Reporter, kind: str) -> AbstractContextM
     """A run of its own: a full one measures by other rows."""
     prepared = held.prepared
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:{kind}"
-    return tracked_run(held.options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version)
+    return tracked_run(
+        held.options,
+        reporter,
+        fingerprint=fingerprint,
+        plan_version=prepared.plan.version,
+        num_rows=len(prepared.events),
+    )
 
 
 def _registered(

@@ -33,6 +33,7 @@ from assay_pipelines.recommend.evaluate import DEPTH, Lists, ndcg_at_10, of_some
 from assay_pipelines.recommend.split import Parts, split_interactions
 from assay_pipelines.recommend.train import (
     Earliest,
+    Encoders,
     Holdout,
     RankerTraining,
     Recipe,
@@ -290,7 +291,11 @@ def tune_recommend(options: RunOptions, reporter: Reporter) -> SearchResult:
     """Search only."""
     prepared = Prepared(options, reporter)
     with tracked_run(
-        options, reporter, fingerprint=prepared.table.fingerprint, plan_version=prepared.plan.version
+        options,
+        reporter,
+        fingerprint=prepared.table.fingerprint,
+        plan_version=prepared.plan.version,
+        num_rows=prepared.num_rows,
     ) as run:
         return _search(options, reporter, run, prepared)
 
@@ -322,7 +327,9 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     prepared = Prepared(options, reporter)
     # Rows are part of the identity: another limit or split is another validation part.
     fingerprint = f"{prepared.table.fingerprint}:{len(prepared.events)}:{options.seed}"
-    with tracked_run(options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version) as run:
+    with tracked_run(
+        options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version, num_rows=prepared.num_rows
+    ) as run:
         found = _search(options, reporter, run, prepared)
         chosen = choose_recipe(prepared, found.best, reporter, seed=options.seed)
         recipe = chosen.recipe
@@ -372,8 +379,7 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             everything = np.arange(len(prepared.events))
             histories = prepared.histories(everything, int(prepared.events.time_us[-1]) + 1)
             with reporter.stage("train", "Refit the sources on everything"):
-                shared = refitted.sources.sequence
-                sources = fit_sources(histories, recipe, seed=options.seed, sequence=shared)
+                sources = fit_sources(histories, recipe, seed=options.seed, shared=refitted.encoders)
             model = _recommender(prepared, histories, sources, store_IF, ranking, diversity, num_ranked)
         registry = open_registry(options.config)
         champion, champion_version = champion_metric(
@@ -452,7 +458,7 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
         holdouts = prepared.holdouts(prepared.parts.fit)
         earliest = fit_earliest(holdouts, recipe, seed=seed)
     with reporter.stage("train", "Weigh the sources") as stage:
-        sources = fit_sources(prepared.fit, recipe, seed=seed, sequence=earliest.sources.sequence)
+        sources = fit_sources(prepared.fit, recipe, seed=seed, shared=earliest.encoders)
         store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
         plain = Ranking(PairRanker(prepared.ranker_config), None)
         names = ["graph"] if sources.sequence is None else ["graph", "sequence"]
@@ -473,6 +479,7 @@ class Trained(NamedTuple):
     """Sources and rankers of some interactions. rankings: 'sources' is their own order, 'MoE' the ranker's."""
 
     sources: Sources
+    encoders: Encoders
     store_IF: Floats
     rankings: dict[str, Ranking]
 
@@ -494,7 +501,7 @@ def trained(
         with reporter.stage("train", "Fit the sources"):
             holdouts = prepared.holdouts(rows)
             earliest = fit_earliest(holdouts, recipe, seed=seed)
-            sources = fit_sources(histories, recipe, seed=seed, sequence=earliest.sources.sequence)
+            sources = fit_sources(histories, recipe, seed=seed, shared=earliest.encoders)
             store_IF = prepared.item_features(rows, histories)
     else:
         _, sources, store_IF, holdouts, earliest = chosen
@@ -506,7 +513,7 @@ def trained(
     rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}
     for share in _TASK_SHARES if len(config.tasks) > 1 else ():
         rankings[f"MoE and {share:g} of other tasks"] = Ranking(ranker.mixed(share), routing)
-    return Trained(sources, store_IF, rankings)
+    return Trained(sources, earliest.encoders, store_IF, rankings)
 
 
 def choose_num_ranked(prepared: Prepared, fitted: Trained, ranking: Ranking, reporter: Reporter) -> int:

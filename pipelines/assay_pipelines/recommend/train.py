@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from assay_platform.models.content import ItemFacts, fit_content_map
-from assay_platform.models.graph import ItemGraph
+from assay_platform.models.graph import GraphEncoder, ItemGraph
 from assay_platform.models.histories import Again, Floats, Histories, Index
 from assay_platform.models.item_regression import RegressionConfig, fit_item_regression
 from assay_platform.models.recommender import PairRanker, RankerConfig
@@ -25,7 +25,7 @@ from assay_platform.training import TrainConfig, fastest_device, fit
 from torch import Tensor
 
 from assay_pipelines.recommend.evaluate import best_items, ndcg_at_10
-from assay_pipelines.recommend.train_graph import item_vectors, train_encoder
+from assay_pipelines.recommend.train_graph import is_large, item_vectors, train_encoder
 from assay_pipelines.recommend.train_sequence import SequenceTraining, train_sequence
 
 # Items of the regression, whose time grows with their cube: those taken most.
@@ -95,14 +95,29 @@ def item_graph(histories: Histories, facts: ItemFacts, regression: RegressionCon
     return ItemGraph.of(histories, facts.categories, closeness_s=regression.closeness_s)
 
 
-def fit_sources(histories: Histories, recipe: Recipe, *, seed: int, sequence: SequenceEncoder | None = None) -> Sources:
-    """All sources from the same events, beside a sequence encoder that is there already."""
+class Encoders(NamedTuple):
+    """What is trained once, on the holdout that sees least, and serves everywhere: functions of histories and of graphs
+    that have seen the labels of no holdout.
+
+    graph: of graphs too large to be trained on every time; its vectors are smoothed over the edges of each.
+    """
+
+    sequence: SequenceEncoder | None = None
+    graph: GraphEncoder | None = None
+
+
+_NONE = Encoders()
+
+
+def fit_sources(histories: Histories, recipe: Recipe, *, seed: int, shared: Encoders = _NONE) -> Sources:
+    """All sources from the same events, beside encoders that are there already."""
     num_items = recipe.facts.num_items
     past = ItemPast.of(histories, num_items)
     head = past.head(MAX_HEAD)
     graph = item_graph(histories, recipe.facts, recipe.regression)
     rated = not histories.liked.all()
-    vectors = item_vectors(train_encoder(graph, recipe.graph, seed=seed), graph)
+    encoder = train_encoder(graph, recipe.graph, seed=seed) if shared.graph is None else shared.graph
+    vectors = item_vectors(encoder, graph)
     content = fit_content_map(recipe.facts, vectors.stacked(), np.log1p(past.takers))
     return Sources(
         fit_item_regression(histories, num_items, recipe.regression, head),
@@ -112,7 +127,7 @@ def fit_sources(histories: Histories, recipe: Recipe, *, seed: int, sequence: Se
         recipe.facts,
         content,
         head,
-        sequence,
+        shared.sequence,
         recipe.weights,
     )
 
@@ -152,23 +167,28 @@ class RankerTraining:
 
 
 class Earliest(NamedTuple):
-    """The sources of the holdout that sees least, and its number. Their sequence encoder serves everywhere: it is a
-    function of histories, and it has seen the labels of no holdout.
-    """
+    """The sources of the holdout that sees least, its number, and the encoders that were trained on it."""
 
     number: int
     sources: Sources
+    encoders: Encoders
 
 
 def fit_earliest(holdouts: list[Holdout], recipe: Recipe, *, seed: int) -> Earliest:
     """With a sequence encoder if the recipe has one."""
     number = min(range(len(holdouts)), key=lambda n: len(holdouts[n].seen.item))
-    seen = holdouts[number].seen
-    sources = fit_sources(seen, recipe, seed=seed + 1 + number)
+    seen, encoders = holdouts[number].seen, _NONE
+    # Where the order of events is of no use, what one holdout sees are labels of another.
+    if recipe.sequence is not None:
+        graph = item_graph(seen, recipe.facts, recipe.regression)
+        if is_large(graph):
+            encoders = Encoders(graph=train_encoder(graph, recipe.graph, seed=seed + 1 + number))
+    sources = fit_sources(seen, recipe, seed=seed + 1 + number, shared=encoders)
     if recipe.sequence is not None:
         encoder = train_sequence(seen, sources.vectors.item_ID, SequenceConfig(), recipe.sequence, seed=seed)
-        sources = replace(sources, sequence=encoder.requires_grad_(False))
-    return Earliest(number, sources)
+        encoders = encoders._replace(sequence=encoder.requires_grad_(False))
+        sources = replace(sources, sequence=encoders.sequence)
+    return Earliest(number, sources, encoders)
 
 
 def fit_holdouts(
@@ -185,8 +205,7 @@ def fit_holdouts(
         if number == earliest.number:
             fitted.append(earliest.sources)
         else:
-            shared = earliest.sources.sequence
-            fitted.append(fit_sources(holdout.seen, recipe, seed=seed + 1 + number, sequence=shared))
+            fitted.append(fit_sources(holdout.seen, recipe, seed=seed + 1 + number, shared=earliest.encoders))
         on_progress((number + 1) / len(holdouts))
     return fitted
 

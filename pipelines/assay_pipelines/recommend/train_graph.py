@@ -216,6 +216,11 @@ def _calibrate(encoder: GraphEncoder, graph: _Graph, log_popularity: Tensor) -> 
         encoder.bias_I.copy_(share * log_popularity)
 
 
+def is_large(graph: ItemGraph) -> bool:
+    """Whether samples of it are trained on."""
+    return len(graph.user) > MOST_AT_ONCE
+
+
 def train_encoder(
     graph: ItemGraph,
     params: Mapping[str, Any],
@@ -229,7 +234,7 @@ def train_encoder(
     generator, device = np.random.default_rng(seed), fastest_device()
     encoder = GraphEncoder(graph, width=params["width"], num_layers=params["num_layers"], dropout=params["dropout"])
     encoder.to(device)
-    drawn_from = _SampledGraph if len(graph.user) > MOST_AT_ONCE else _WholeGraph
+    drawn_from = _SampledGraph if is_large(graph) else _WholeGraph
     source: _Graph = drawn_from(graph, encoder, generator, device)
     popularity = np.log1p(np.bincount(graph.item, minlength=graph.num_items))
     _calibrate(encoder, source, torch.from_numpy(popularity).float().to(device))

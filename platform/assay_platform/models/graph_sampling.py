@@ -57,7 +57,7 @@ class GraphSampler:
         try:
             drawn = generator.integers(0, graph.num_items, num_drawn)
             told_apart = np.unique(np.concatenate([graph.item[dropped], drawn]))
-            items = _first(told_apart, graph.item[edge])
+            items = _first(told_apart, graph.item[edge], graph.num_items)
             place = np.full(graph.num_items, -1, dtype=np.int64)
             place[items] = np.arange(len(items))
             kept = edge[~drop]
@@ -101,7 +101,7 @@ class GraphSampler:
             reached = relation.item[pair]
             value = stands_for * scale(degrees.other[other])[row] * scale(degrees.item[reached])
             found.append((row, reached, value, len(other), back))
-        wider = _first(items, np.concatenate([reached for _, reached, *_ in found]))
+        wider = _first(items, np.concatenate([reached for _, reached, *_ in found]), self._graph.num_items)
         place = np.full(self._graph.num_items, -1, dtype=np.int64)
         place[wider] = np.arange(len(wider))
         hops = [
@@ -132,9 +132,12 @@ def ranges(start: Index, rows: Index) -> tuple[Index, Index]:
     return np.arange(len(row)) + (start[rows] - begin)[row], row
 
 
-def _first(items: Index, more: Index) -> Index:
+def _first(items: Index, more: Index, num_items: int) -> Index:
     """These, in their order, then what else there is."""
-    return np.concatenate([items, np.setdiff1d(more, items)])
+    others = np.zeros(num_items, dtype=bool)
+    others[more] = True
+    others[items] = False
+    return np.concatenate([items, np.flatnonzero(others)])
 
 
 def _there(present: Flags | None, row: Index, pair: Index, stands_for: Floats) -> tuple[Index, Index, Floats]:

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Param
 
 from assay_platform.tracking.client import open_client
 
-_PARAM_LIMIT, _BATCH_LIMIT = 500, 1000
+_PARAM_LIMIT, _BATCH_LIMIT, _MOST_RUNS = 500, 1000, 200
 
 
 class RunLog:
@@ -22,7 +22,7 @@ class RunLog:
         """artifact_root: where artifacts go with an SQLite store; a tracking server has its own."""
         self._client = open_client(tracking_uri)
         self._artifact_root = artifact_root if tracking_uri.startswith("sqlite:") else None
-        self.run_id = ""
+        self.run_id, self.tags, self.params = "", dict[str, str](), dict[str, Any]()
 
     @contextmanager
     def run(self, experiment: str, tags: Mapping[str, str]) -> Iterator["RunLog"]:
@@ -34,7 +34,11 @@ class RunLog:
             location = None if self._artifact_root is None else (self._artifact_root / experiment).as_uri()
             experiment_id = self._client.create_experiment(experiment, artifact_location=location)
         all_tags = {"assay.version": version("assay"), **tags}
-        self.run_id = self._client.create_run(experiment_id, tags=all_tags).info.run_id
+        self.run_id, self.tags, self.params = (
+            self._client.create_run(experiment_id, tags=all_tags).info.run_id,
+            all_tags,
+            {},
+        )
         self._experiment_id = experiment_id
         try:
             yield self
@@ -48,6 +52,7 @@ class RunLog:
 
     def log(self, *, params: Mapping[str, Any] | None = None, metrics: Mapping[str, float] | None = None) -> None:
         """Record parameters and metrics of the run."""
+        self.params |= params or {}
         self._log(self.run_id, params or {}, metrics or {})
 
     def log_steps(self, name: str, values: list[float]) -> None:
@@ -75,6 +80,20 @@ class RunLog:
     def log_text(self, name: str, text: str) -> None:
         """Attach a text to the run."""
         self._client.log_text(self.run_id, text, name)
+
+    def earlier_searches(self, names: Sequence[str], *, tag: str, param: str) -> list[dict[str, str]]:
+        """Parameters of finished runs of this experiment that found a best point with these names, newest first.
+
+        tag: the same as this run's. param: one that they must have too.
+        """
+        runs = self._client.search_runs(
+            [self._experiment_id],
+            filter_string=f"tags.`{tag}` = '{self.tags[tag]}' and attributes.status = 'FINISHED'",
+            order_by=["attributes.start_time DESC"],
+            max_results=_MOST_RUNS,
+        )
+        wanted = {param, *(f"best.{name}" for name in names)}
+        return [dict(run.data.params) for run in runs if wanted <= set(run.data.params)]
 
     def log_trial(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], *, ok: bool) -> None:
         """Record one trial of a search as a child run."""

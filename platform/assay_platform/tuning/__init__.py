@@ -1,1 +1,1 @@
-"""Bayesian search over declared spaces on Ray Tune."""
+"""Bayesian search over declared spaces, in this process or on Ray."""
