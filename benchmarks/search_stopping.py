@@ -60,9 +60,20 @@ def main() -> None:
         }
         mean = {strategy: statistics.mean(counts) for strategy, counts in needed.items()}
         print(name, mean, flush=True)
-        rows.append(row(f"{name}: epochs to the goal", mean["both"], "epochs", peer=mean["neither"], peer_name="neither",
-                        limit=LIMIT * mean["neither"], limit_name="0.43 of it", spread=spread(list(needed["both"])),
-                        runs=call.seeds, everyone=mean))  # fmt: skip
+        rows.append(
+            row(
+                f"{name}: epochs to the goal",
+                mean["both"],
+                "epochs",
+                peer=mean["neither"],
+                peer_name="neither",
+                limit=LIMIT * mean["neither"],
+                limit_name="0.43 of it",
+                spread=spread(list(needed["both"])),
+                runs=call.seeds,
+                everyone=mean,
+            )
+        )
     finish("search_stopping", rows)
 
 
