@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true", help="as JSON")
 
     _add_features(commands)
+    _add_jobs(commands)
 
     interface = commands.add_parser("ui", help="the MLflow page, loopback by default")
     interface.add_argument("--host", default="127.0.0.1")
@@ -142,6 +143,25 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...",
                        help="options of the benchmark itself; its file says which")  # fmt: skip
     return parser
+
+
+def _add_jobs(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    jobs = commands.add_parser("jobs", help="commands that run on a Ray cluster")
+    jobs.add_argument("--address", metavar="URL",
+                      help="of the cluster's job server (default: RAY_API_SERVER_ADDRESS, or "
+                           "http://127.0.0.1:8265)")  # fmt: skip
+    actions = jobs.add_subparsers(dest="jobs_command", metavar="ACTION", required=True, parser_class=_Parser)
+    submit = actions.add_parser("submit", help="run a command there and print the job's id")
+    submit.add_argument("--working-dir", type=Path, metavar="FOLDER", help="sent along; the command runs inside of it")
+    submit.add_argument("--follow", action="store_true", help="show what it writes until it ends; Ctrl-C stops it")
+    submit.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what to run")
+    listing = actions.add_parser("list", help="all jobs, newest first")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    for name, text in (("status", "the state of one job"), ("logs", "what it has written"), ("cancel", "stop it")):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("job", metavar="ID")
+        if name == "logs":
+            action.add_argument("--follow", action="store_true", help="until it ends; Ctrl-C leaves it running")
 
 
 def _labelled(application: str) -> str:

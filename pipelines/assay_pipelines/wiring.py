@@ -43,6 +43,7 @@ def dispatch(call: argparse.Namespace) -> int:
         "doctor": _doctor,
         "bench": _bench,
         "features": _features,
+        "jobs": _jobs,
     }
     return commands[call.command](call, config)
 
@@ -210,6 +211,12 @@ def show_report(report: RunReport) -> None:
     say()
 
 
+def _jobs(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 - of every command
+    from assay_pipelines.jobs import run_action
+
+    return run_action(call)
+
+
 def _submit(call: argparse.Namespace, config: Config) -> int:
     """Send the same command as a Ray job. Files travel with it; state stays where ASSAY_HOME points."""
     from assay_platform.tasks.jobs import submit_and_follow
@@ -220,6 +227,7 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
                "--budget", str(call.budget), "--seed", str(call.seed)]  # fmt: skip
     command += ["--name", call.name] if call.name else []
     command += ["--rows", str(call.rows)] if call.rows else []
+    command += ["--search", call.search] if call.search else []
     command += ["--json"] if call.json else []
     command += [f"--{name}" for name in ("update", "recalibrate") if getattr(call, name, False)]
     with tempfile.TemporaryDirectory(prefix="assay-job-") as scratch:

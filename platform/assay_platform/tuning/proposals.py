@@ -23,7 +23,7 @@ from assay_platform.tuning.space import Dimension, OneOf, Real, Space, active, f
 if TYPE_CHECKING:
     import optuna
 
-_NUM_SPREAD = 8  # points before there is a model, the default among them
+_NUM_SPREAD = 5  # points before there is a model, the default among them
 _GRID_STEPS = 4
 
 Point = Mapping[str, Any]
@@ -49,7 +49,7 @@ class GaussianProcess:
 
         self._space, self._defaults = space, {name: defaults[name] for name in space}
         self._sampler = GPSampler(seed=seed, n_startup_trials=0)
-        self._spread = qmc.Sobol(len(space), rng=np.random.default_rng(seed)).random(_NUM_SPREAD)
+        self._spread = qmc.Sobol(len(space), rng=np.random.default_rng(seed)).random(8)
 
     def next(self, known: Sequence[Known], running: Sequence[Point], number: int) -> dict[str, Any] | None:
         """See `Proposals`."""
