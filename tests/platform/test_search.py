@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +171,40 @@ def test_a_search_of_a_name_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert len(result.trials) == 8
     assert here(killed_in_the_third, journal=journal).best == result.best  # nothing is left to do
     assert len(calls) == 9
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from assay_platform.tuning.search import SearchBudget, search
+from assay_platform.tuning.space import Real
+
+def objective(params, data, report):
+    if len(seen) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(params)
+    report(1, params["x"])
+
+seen = []
+search(objective, data=None, space={"x": Real(low=0.0, high=1.0)}, defaults={"x": 0.5}, seed=0, here=True,
+       budget=SearchBudget(num_trials=6, time_s=300, max_epochs=1), journal=Path(sys.argv[1]))
+"""
+
+
+def test_what_had_ended_survives_a_kill_of_the_process(tmp_path: Path) -> None:
+    journal = tmp_path / "night.log"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(journal)], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    again: list[float] = []
+
+    def objective(params: dict[str, Any], data: Any, report: Report) -> None:
+        again.append(params["x"])
+        report(1, params["x"])
+
+    budget = SearchBudget(num_trials=6, time_s=300, max_epochs=1)
+    result = here(objective, space={"x": Real(low=0.0, high=1.0)}, defaults={"x": 0.5}, budget=budget, journal=journal)
+    assert len(again) == 3
+    assert len({trial.params["x"] for trial in result.trials}) == 6
 
 
 def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
