@@ -171,6 +171,9 @@ def test_a_search_of_a_name_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert len(result.trials) == 8
     assert here(killed_in_the_third, journal=journal).best == result.best  # nothing is left to do
     assert len(calls) == 9
+    here(killed_in_the_third, journal=journal, budget=SearchBudget(num_trials=9, time_s=300, max_epochs=3))
+    assert len(calls) == 10
+    assert calls[9] not in calls[:9]
 
 
 KILLED = """
@@ -205,6 +208,25 @@ def test_what_had_ended_survives_a_kill_of_the_process(tmp_path: Path) -> None:
     result = here(objective, space={"x": Real(low=0.0, high=1.0)}, defaults={"x": 0.5}, budget=budget, journal=journal)
     assert len(again) == 3
     assert len({trial.params["x"] for trial in result.trials}) == 6
+
+
+def test_a_trial_that_was_cut_off_is_tried_again(tmp_path: Path) -> None:
+    journal, now = tmp_path / "night.log", [0.0]
+
+    def slow(params: dict[str, Any], data: list[float], report: Report) -> None:
+        for epoch in range(1, 4):
+            now[0] += 100.0
+            report(epoch, data[0] - params["x"])
+
+    first = here(
+        slow, journal=journal, clock=lambda: now[0], budget=SearchBudget(num_trials=8, time_s=400, max_epochs=3)
+    )
+    assert [trial.state for trial in first.trials] == ["done", "cut"]
+    again = here(
+        slow, journal=journal, clock=lambda: now[0], budget=SearchBudget(num_trials=2, time_s=900, max_epochs=3)
+    )
+    assert [trial.params for trial in again.trials] == [trial.params for trial in first.trials]
+    assert "cut" not in [trial.state for trial in again.trials]
 
 
 def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:

@@ -140,12 +140,14 @@ def search(
     data: handed to every trial. defaults: the params of the first trial; what the space does not vary is passed on
     unchanged, and so is the default of a dimension that is not there. journal: a file that remembers ended trials; what
     is in it counts towards the number of trials, not towards the time. identity: of data and metric, without which
-    trials of a journal cannot be compared. earlier: points to try after the defaults;
-    those outside of the space are left out. here: in this process instead of on the Ray cluster that the caller opened.
+    trials of a journal cannot be compared. earlier: points to try after the defaults, unless they are outside of the
+    space. here: in this process instead of on the Ray cluster that the caller opened.
 
     Raises:
         ConfigError: the space does not fit its defaults, or the journal is of another search.
-        WorkError: no trial reported a metric and some failed; the message has the first one's error.
+        StorageError: the journal cannot be written.
+        WorkError: no trial reported a metric and some failed (the message has the first one's error), or what trials
+            reported is lost with a node.
     """
     check_space(space, defaults)
     began = clock()
@@ -257,8 +259,10 @@ class _Trials:
         self.running: dict[int, dict[str, Any]] = {}
         self.ended = [self._read(record) for record in journal.ended.values()]
         self._next_number = max([-1, *journal.begun]) + 1
-        # What ran when a process was killed comes first: again, from its start.
-        self._queue = [self._values(held) for trial, held in journal.begun.items() if trial not in journal.ended]
+        # What ran when a process was killed, or when its time was over, comes first: again, from its start.
+        begun = [self._values(held) for trial, held in journal.begun.items() if trial not in journal.ended]
+        tried = [active(space, trial.params) for trial in self.ended]
+        self._queue = [point for at, point in enumerate(begun) if point not in (*tried, *begun[:at])]
 
     def propose(self, params: Mapping[str, Any]) -> None:
         """Try a point soon, unless it is outside of the space or was tried."""
@@ -279,9 +283,11 @@ class _Trials:
         return number, self.running[number]
 
     def end(self, trial: TrialResult) -> None:
-        """A trial has ended: into the journal."""
+        """A trial has ended: into the journal, unless it was cut off."""
         del self.running[trial.number]
         self.ended.append(trial)
+        if trial.state == "cut":
+            return
         point = {name: self._places(name, value) for name, value in active(self._space, trial.params).items()}
         record = trial._asdict() | {"params": point, "values": dict(trial.values)}
         self._journal.end(trial.number, record | {"metric": trial.metric if trial.curve else None})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from assay_platform.errors import WorkError
 from assay_platform.tasks.cluster import quiet_ray_environment
 from assay_platform.tuning.stopping import Curve, Stopping, share_cores
 
@@ -83,10 +84,18 @@ class Workers(Protocol):
         """Begin one; fewer than `num_slots` run."""
 
     def wait(self, timeout_s: float) -> list[Ended]:
-        """Trials that ended since; waits so long for one."""
+        """Trials that ended since; waits so long for one.
+
+        Raises:
+            WorkError: what they reported is lost.
+        """
 
     def curves(self) -> dict[int, Curve]:
-        """What the trials that run have reported."""
+        """What the trials that run have reported.
+
+        Raises:
+            WorkError: it is lost.
+        """
 
     def close(self) -> None:
         """End all that runs. Safe to repeat."""
@@ -194,14 +203,22 @@ class RayWorkers:
                 stopped, values, error = False, {}, f"its worker died {restarts + 1} times: {_line(problem)}"
             except RayError as problem:
                 stopped, values, error = False, {}, _line(problem)
-            curve = self._ray.get(self._desk.end.remote(trial))
+            curve = self._asked(self._desk.end.remote(trial))
             ended.append(Ended(trial=trial, curve=curve, stopped=stopped, values=values, error=error))
         return ended
 
     def curves(self) -> dict[int, Curve]:
         """See `Workers`."""
-        found: dict[int, Curve] = self._ray.get(self._desk.curves.remote())
+        found: dict[int, Curve] = self._asked(self._desk.curves.remote())
         return found
+
+    def _asked(self, answer: Any) -> Any:
+        from ray.exceptions import RayActorError
+
+        try:
+            return self._ray.get(answer)
+        except RayActorError as error:
+            raise WorkError(f"the node that took the reports of the trials was lost: {_line(error)}") from error
 
     def close(self) -> None:
         """See `Workers`."""
