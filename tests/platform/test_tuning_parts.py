@@ -21,6 +21,7 @@ from assay_platform.tuning.space import (
     contains,
     from_unit,
     read_value,
+    to_unit,
 )
 from assay_platform.tuning.stopping import Stopping, expected_end, predict, share_cores
 from hypothesis import given
@@ -145,6 +146,23 @@ def test_shares_of_a_dimension_cover_it_evenly() -> None:
     assert sum(value < 1.0 for value in values) == 500
     assert all(real.holds(value) for value in values)
     assert {from_unit(OneOf(("a", None)), share) for share in shares} == {"a", None}
+    for dimension in (whole, real, OneOf(("a", None))):
+        for share in shares[::50]:
+            value = from_unit(dimension, share)
+            assert from_unit(dimension, min(to_unit(dimension, value), 1 - 1e-9)) == pytest.approx(value)
+
+
+def test_no_point_is_tried_twice_on_a_plateau() -> None:
+    points: list[tuple[Any, ...]] = []
+
+    def plateau(params: dict[str, Any], data: None, report: Report) -> None:
+        points.append((params["x"], params["k"]))
+        report(1, 1.0)
+
+    space: Space = {"x": Real(low=0.0, high=1.0), "k": Whole(low=1, high=8)}
+    budget = SearchBudget(num_trials=30, time_s=300, max_epochs=1)
+    search(plateau, data=None, space=space, defaults={"x": 0.5, "k": 1}, budget=budget, seed=0, here=True)
+    assert len(set(points)) == 30
 
 
 def test_a_line_of_a_journal_that_was_cut_off_does_not_count(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@
     Grid              four steps of each number, all of each choice, in random order
 
 The two models are Optuna's: its Gaussian process has a Matern kernel with a length scale for each dimension and
-proposes by logarithmic expected improvement. They are given what they model best: metrics below the median are
+proposes by logarithmic expected improvement; where it proposes a point once more, as it does on plateaus, a step away
+from the best point is taken instead. They are given what they model best: metrics below the median are
 squeezed, so that a training that diverged does not flatten the differences among good ones; a trial that still runs
 counts as an ordinary one, so that the next is another.
 """
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from assay_platform.tuning.space import Dimension, OneOf, Real, Space, active, from_unit, is_there
+from assay_platform.tuning.space import Dimension, OneOf, Real, Space, active, from_unit, is_there, to_unit
 
 if TYPE_CHECKING:
     import optuna
 
 _NUM_SPREAD = 5  # points before there is a model, the default among them
 _GRID_STEPS = 4
+# Of a dimension: how close points are that tell the same, and a step away from such.
+_ALIKE, _STEP = 0.01, 0.15
 
 Point = Mapping[str, Any]
 # A point and what it came to: the metric, which should be high, then what should be low.
@@ -47,7 +50,7 @@ class GaussianProcess:
         from optuna.samplers import GPSampler
         from scipy.stats import qmc
 
-        self._space, self._defaults = space, {name: defaults[name] for name in space}
+        self._space, self._defaults, self._seed = space, {name: defaults[name] for name in space}, seed
         self._sampler = GPSampler(seed=seed, n_startup_trials=0)
         self._spread = qmc.Sobol(len(space), rng=np.random.default_rng(seed)).random(8)
 
@@ -59,7 +62,31 @@ class GaussianProcess:
             return active(self._space, point)
         study = _study(self._sampler, self._space, known, running, lambda point: {**self._defaults, **point})
         found = study.ask({name: _distribution(dimension) for name, dimension in self._space.items()}).params
-        return active(self._space, {name: _decoded(d, found[name]) for name, d in self._space.items()})
+        point = active(self._space, {name: _decoded(d, found[name]) for name, d in self._space.items()})
+        if any(self._alike(point, other) for other in (*(other for other, _ in known), *running)):
+            best = max(known, key=lambda one: one[1][0])[0]
+            point = self._near(best, np.random.default_rng([self._seed, number]))
+        return point
+
+    def _alike(self, point: Point, other: Point) -> bool:
+        """Whether another trial would tell nothing new."""
+        return point.keys() == other.keys() and all(
+            abs(to_unit(self._space[name], value) - to_unit(self._space[name], other[name])) < _ALIKE
+            for name, value in point.items()
+        )
+
+    def _near(self, point: Point, generator: np.random.Generator) -> dict[str, Any]:
+        """A step away from a point in about half of its dimensions, one at least."""
+        moved = generator.random(len(self._space)) < 0.5
+        moved[generator.integers(len(self._space))] = True
+        found = {**self._defaults, **point}
+        for (name, dimension), moves in zip(self._space.items(), moved.tolist(), strict=True):
+            if moves and isinstance(dimension, OneOf):
+                found[name] = from_unit(dimension, float(generator.random()))
+            elif moves:
+                share = to_unit(dimension, found[name]) + _STEP * float(generator.standard_normal())
+                found[name] = from_unit(dimension, min(max(share, 0.0), 1.0 - 1e-9))
+        return active(self._space, found)
 
 
 class Parzen:

@@ -112,6 +112,14 @@ def contains(space: Space, params: Mapping[str, Any]) -> bool:
     return True
 
 
+def to_unit(dimension: Dimension, value: Any) -> float:
+    """Where a value lies in its dimension, from 0 to 1, on its scale; of a choice, how far down the list."""
+    if isinstance(dimension, OneOf):
+        return (dimension.values.index(value) + 0.5) / len(dimension.values)
+    low, high = dimension.low, dimension.high
+    return math.log(value / low) / math.log(high / low) if dimension.log else (value - low) / (high - low)
+
+
 def from_unit(dimension: Dimension, share: float) -> Any:
     """The value that lies at a share, from 0 up to but without 1, of a dimension on its scale."""
     if isinstance(dimension, OneOf):
