@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _NUM_SPREAD = 5  # points before there is a model, the default among them
 _GRID_STEPS = 4
-# Of a dimension: how close points are that tell the same, and a step away from such.
-_ALIKE, _STEP = 0.01, 0.15
+# Of a dimension: how close points are that tell the same, and a step away from such; how many are made, each longer.
+_ALIKE, _STEP, _ATTEMPTS = 0.01, 0.15, 10
 
 Point = Mapping[str, Any]
 # A point and what it came to: the metric, which should be high, then what should be low.
@@ -63,9 +63,12 @@ class GaussianProcess:
         study = _study(self._sampler, self._space, known, running, lambda point: {**self._defaults, **point})
         found = study.ask({name: _distribution(dimension) for name, dimension in self._space.items()}).params
         point = active(self._space, {name: _decoded(d, found[name]) for name, d in self._space.items()})
-        if any(self._alike(point, other) for other in (*(other for other, _ in known), *running)):
-            best = max(known, key=lambda one: one[1][0])[0]
-            point = self._near(best, np.random.default_rng([self._seed, number]))
+        best, generator = max(known, key=lambda one: one[1][0])[0], np.random.default_rng([self._seed, number])
+        tried = [*(other for other, _ in known), *running]
+        for attempt in range(_ATTEMPTS):
+            if not any(self._alike(point, other) for other in tried):
+                break
+            point = self._near(best, _STEP * (1 + attempt), generator)
         return point
 
     def _alike(self, point: Point, other: Point) -> bool:
@@ -75,7 +78,7 @@ class GaussianProcess:
             for name, value in point.items()
         )
 
-    def _near(self, point: Point, generator: np.random.Generator) -> dict[str, Any]:
+    def _near(self, point: Point, step: float, generator: np.random.Generator) -> dict[str, Any]:
         """A step away from a point in about half of its dimensions, one at least."""
         moved = generator.random(len(self._space)) < 0.5
         moved[generator.integers(len(self._space))] = True
@@ -84,7 +87,7 @@ class GaussianProcess:
             if moves and isinstance(dimension, OneOf):
                 found[name] = from_unit(dimension, float(generator.random()))
             elif moves:
-                share = to_unit(dimension, found[name]) + _STEP * float(generator.standard_normal())
+                share = to_unit(dimension, found[name]) + step * float(generator.standard_normal())
                 found[name] = from_unit(dimension, min(max(share, 0.0), 1.0 - 1e-9))
         return active(self._space, found)
 
