@@ -40,8 +40,11 @@ def searched(options: RunOptions, *, num_rows: int = 1000) -> tuple[SearchResult
     return found, run.run_id
 
 
-def test_a_search_is_in_mlflow_with_its_trials_and_figures(options: RunOptions, ray_session: str) -> None:
+def test_a_search_is_in_mlflow_with_its_trials_and_figures(
+    options: RunOptions, ray_session: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     found, run_id = searched(options)
+    assert "new study" not in capsys.readouterr().err
     client = open_client(options.config.tracking_uri)
     run = client.get_run(run_id)
     assert float(run.data.params["best.x"]) == found.best["x"]

@@ -23,6 +23,8 @@ def search_figures(
     import optuna
     from optuna.visualization import matplotlib as plots
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
     def study() -> optuna.Study:
         made = optuna.create_study(direction="maximize")
         for trial in useful:
