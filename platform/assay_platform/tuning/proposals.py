@@ -61,7 +61,7 @@ class GaussianProcess:
             point = {name: from_unit(d, share) for (name, d), share in zip(self._space.items(), shares, strict=True)}
             return active(self._space, point)
         study = _study(self._sampler, self._space, known, running, lambda point: {**self._defaults, **point})
-        found = study.ask({name: _distribution(dimension) for name, dimension in self._space.items()}).params
+        found = study.ask({name: distribution(dimension) for name, dimension in self._space.items()}).params
         point = active(self._space, {name: _decoded(d, found[name]) for name, d in self._space.items()})
         best, generator = max(known, key=lambda one: one[1][0])[0], np.random.default_rng([self._seed, number])
         tried = [*(other for other, _ in known), *running]
@@ -176,7 +176,7 @@ def _study(
         study.add_trial(
             optuna.trial.create_trial(
                 params={name: _coded(space[name], value) for name, value in params.items()},
-                distributions={name: _distribution(space[name]) for name in params},
+                distributions={name: distribution(space[name]) for name in params},
                 values=values.tolist(),
             )
         )
@@ -193,11 +193,13 @@ def _squeezed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _suggested(trial: "optuna.Trial", name: str, dimension: Dimension) -> Any:
     if isinstance(dimension, OneOf):
         return _decoded(dimension, trial.suggest_categorical(name, _codes(dimension)))
-    suggest = trial.suggest_float if isinstance(dimension, Real) else trial.suggest_int
-    return suggest(name, dimension.low, dimension.high, log=dimension.log)  # type: ignore[arg-type]
+    if isinstance(dimension, Real):
+        return trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
+    return trial.suggest_int(name, dimension.low, dimension.high, log=dimension.log)
 
 
-def _distribution(dimension: Dimension) -> Any:
+def distribution(dimension: Dimension) -> Any:
+    """A dimension as Optuna has it; a choice by its places."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(dimension, OneOf):

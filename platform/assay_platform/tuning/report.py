@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from assay_platform.tuning.proposals import distribution
 from assay_platform.tuning.search import TrialResult
-from assay_platform.tuning.space import OneOf, Real, Space, active
+from assay_platform.tuning.space import Dimension, OneOf, Space, active
 
 # What a figure needs to say something.
 _FEWEST_TRIALS = 4
@@ -30,7 +31,7 @@ def search_figures(
         for trial in useful:
             params = active(space, trial.params)
             text = {name: str(v) if isinstance(space[name], OneOf) else v for name, v in params.items()}
-            distributions = {name: _distribution(space[name]) for name in params}
+            distributions = {name: _named(space[name]) for name in params}
             made.add_trial(optuna.trial.create_trial(params=text, distributions=distributions, value=trial.metric))
         return made
 
@@ -94,11 +95,10 @@ def _front(trials: Sequence[TrialResult], metric: str, name: str) -> Callable[[P
     return save
 
 
-def _distribution(dimension: Any) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+def _named(dimension: Dimension) -> Any:
+    """As Optuna has it, a choice by the words that its values are shown as."""
     if isinstance(dimension, OneOf):
+        from optuna.distributions import CategoricalDistribution
+
         return CategoricalDistribution([str(value) for value in dimension.values])
-    if isinstance(dimension, Real):
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-    return IntDistribution(dimension.low, dimension.high, log=dimension.log)
+    return distribution(dimension)
