@@ -46,6 +46,11 @@ class Paths:
         return self.home / "searches"
 
     @property
+    def tasks(self) -> Path:
+        """What tasks run in which process, and how long they take."""
+        return self.home / "tasks"
+
+    @property
     def audit_log(self) -> Path:
         """Append-only log of promotions and rollbacks."""
         return self.home / "audit.jsonl"

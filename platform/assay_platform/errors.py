@@ -11,7 +11,10 @@
         ├── RegistryError       a model, version or alias is missing or not acceptable
         │   └── GateRefusedError  a version did not pass the gate of promotion
         ├── ArtifactError       a model artifact is damaged or of another format
-        └── ClusterError        Ray could not be started, reached, or lost the job
+        ├── ClusterError        Ray could not be started, reached, or lost the job
+        └── TaskError           a dispatched task has no result
+            ├── TaskLostError     its workers died, more often than it may be retried
+            └── TaskLateError     it was not done by its deadline
 
 A message is one sentence or two for a person: what was wrong, where, and what is allowed. Everything else
 that escapes is a bug of ours and keeps its traceback.
@@ -64,3 +67,15 @@ class ArtifactError(WorkError):
 
 class ClusterError(WorkError):
     """Ray could not be started or reached, or a submitted job failed."""
+
+
+class TaskError(WorkError):
+    """A dispatched task has no result, and its own code did not say why."""
+
+
+class TaskLostError(TaskError):
+    """The workers that ran a task died, more often than it may be retried."""
+
+
+class TaskLateError(TaskError):
+    """A task was not done by its deadline."""

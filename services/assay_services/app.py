@@ -105,6 +105,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
     metrics = ServiceMetrics()
     repositories = _Repositories(config.paths.feature_repositories)
     metrics.watch_tiers(repositories.tiers)
+    metrics.watch_tasks(config.paths.tasks)
     fraud_slot: Slot[FraudScorer] = Slot(
         "fraud",
         lambda name, folder: FraudScorer.load(folder, repositories.get(name), repositories.records(name)),

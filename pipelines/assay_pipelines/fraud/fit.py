@@ -1,18 +1,24 @@
 """From prepared rows to a model: net and trees, their blend, calibration, thresholds, an attack; then the refit."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from assay_platform.models.calibration import fit_platt
 from assay_platform.models.decisions import Policy
 from assay_platform.models.encoding import EncodedRows
 from assay_platform.models.fraud import FraudModel
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.monitoring.routing import RoutingMonitor
+from assay_platform.tasks.local import local_dispatcher
+from assay_platform.tasks.task import Kind, Needs, Place, Task
+from assay_platform.training import StopTraining
 
-from assay_pipelines.console import Reporter
+from assay_pipelines.console import Reporter, Stage
 from assay_pipelines.fraud.adversary import Adversary, Robustness
 from assay_pipelines.fraud.evaluate import (
     average_precision,
@@ -20,7 +26,7 @@ from assay_pipelines.fraud.evaluate import (
     tolerated_calibration_error,
 )
 from assay_pipelines.fraud.prepare import Prepared, Rows, as_slice
-from assay_pipelines.fraud.train import FraudData, as_model, net_logits, num_batches, train_net
+from assay_pipelines.fraud.train import FraudData, TrainedNet, as_model, net_logits, num_batches, train_net
 from assay_pipelines.fraud.trees import (
     Search,
     Shape,
@@ -40,6 +46,8 @@ _FINAL_EPOCHS = 3
 _MIN_STEPS, _MAX_EPOCHS = 600, 30
 # Rounds in which the trees learn from what a search finds against them.
 NUM_SEARCHES = 2
+# On a machine without a GPU one is trained after the other.
+_ALL_CORES = Needs(cores=float(os.cpu_count() or 1))
 
 
 class FittedModels(NamedTuple):
@@ -56,11 +64,13 @@ class FittedModels(NamedTuple):
     shape: Shape
 
 
-def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int) -> FittedModels:
+def fit_models(
+    params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int, tasks: Path | None = None
+) -> FittedModels:
     """Net and trees on the training rows; blended, calibrated and thresholded on the validation rows.
 
     Where the schema says what senders can change, both are trained on other forms of the frauds too, and the validation
-    frauds are attacked.
+    frauds are attacked. Net and trees are trained at once where there is a GPU. tasks: see `local_dispatcher`.
     """
     held = prepared.rows.take(as_slice(prepared.validation))
     labels = prepared.labels[prepared.validation]
@@ -71,16 +81,12 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
         stage.update(1.0, f"{shape['num_leaves']} leaves")
     with reporter.stage("train", "Other forms of frauds"):
         data, rows = _with_other_forms(prepared.data, prepared.train, adversary, shape, seed)
-    with reporter.stage("train", "Train the MoE net") as stage:
-        num_epochs = num_final_epochs(params, len(data.train))
-        net, fitted, routing = train_net(
-            params, data, num_epochs=num_epochs, seed=seed,
-            on_epoch=lambda epoch, metric: stage.update(epoch / num_epochs, f"validation AP {metric:.3f}"),
-        )  # fmt: skip
-        stage.update(1.0, f"validation AP {fitted.best_metric:.3f} at epoch {fitted.best_epoch}")
-    with reporter.stage("train", "Train the trees") as stage:
-        trees = train_trees(rows, seed=seed, held=(numbers, labels), shape=shape, on_progress=stage.update).trees
-        stage.update(1.0, f"{len(trees)} trees")
+    num_epochs = num_final_epochs(params, len(data.train))
+    with reporter.stage("train", "Train the MoE net and the trees") as stage, local_dispatcher(tasks) as dispatcher:
+        told = _Told(stage, 2)
+        net_to_come = dispatcher.submit(_net_task(params, data, num_epochs, seed, told))
+        trees_to_come = dispatcher.submit(_trees_task(told, rows, seed=seed, held=(numbers, labels), shape=shape))
+        (net, fitted, routing), trees = net_to_come.result(), trees_to_come.result()
     with reporter.stage("train", "Blend and calibrate") as stage:
         blend = fit_blend(net_logits(net, held.rows), trees.logits(numbers), labels)
         model = as_model(net, params, data, trees=trees, blend=blend)
@@ -103,7 +109,13 @@ def fit_models(params: Mapping[str, Any], prepared: Prepared, reporter: Reporter
 
 
 def refit(
-    fitted: FittedModels, params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int
+    fitted: FittedModels,
+    params: Mapping[str, Any],
+    prepared: Prepared,
+    reporter: Reporter,
+    *,
+    seed: int,
+    tasks: Path | None = None,
 ) -> FraudModel:
     """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen.
 
@@ -114,20 +126,62 @@ def refit(
         data, rows = _with_other_forms(prepared.all_before_test(), both, prepared.adversary(), fitted.shape, seed)
     parts = fitted.model.parts
     net, trees = parts.net, parts.trees
-    if parts.blend.net:
-        with reporter.stage("refit", "Refit the net on train + validation") as stage:
-            num_epochs = fitted.best_epoch
-            net = train_net(
-                params, data, num_epochs=num_epochs, seed=seed,
-                on_epoch=lambda epoch, _: stage.update(epoch / num_epochs, f"epoch {epoch} of {num_epochs}"),
-            ).net  # fmt: skip
-    if parts.blend.trees:
-        with reporter.stage("refit", "Refit the trees on train + validation") as stage:
+    with reporter.stage("refit", "Refit on train + validation") as stage, local_dispatcher(tasks) as dispatcher:
+        told = _Told(stage, bool(parts.blend.net) + bool(parts.blend.trees))
+        net_to_come = trees_to_come = None
+        if parts.blend.net:
+            net_to_come = dispatcher.submit(_net_task(params, data, fitted.best_epoch, seed, told))
+        if parts.blend.trees:
             assert trees is not None
-            trees = train_trees(
-                rows, seed=seed, num_trees=refit_size(trees), shape=fitted.shape, on_progress=stage.update
-            ).trees
+            task = _trees_task(told, rows, seed=seed, num_trees=refit_size(trees), shape=fitted.shape)
+            trees_to_come = dispatcher.submit(task)
+        net = net if net_to_come is None else net_to_come.result().net
+        trees = trees if trees_to_come is None else trees_to_come.result()
     return fitted.model.changed(net=net, trees=trees)
+
+
+class _Told:
+    """One bar of things that are trained at once."""
+
+    def __init__(self, stage: Stage, num: int) -> None:
+        self._stage, self._num = stage, num
+        self._parts: dict[str, tuple[float, str]] = {}
+
+    def update(self, part: str, done: float, note: str) -> None:
+        self._parts[part] = (done, note)
+        self._stage.update(
+            sum(done for done, _ in self._parts.values()) / self._num,
+            ", ".join(f"{part}: {note}" for part, (_, note) in self._parts.items()),
+        )
+
+
+def _net_task(params: Mapping[str, Any], data: FraudData, num_epochs: int, seed: int, told: _Told) -> Task[TrainedNet]:
+    def work(place: Place) -> TrainedNet:
+        def on_epoch(epoch: int, metric: float) -> None:
+            if place.ending():
+                raise StopTraining
+            reached = f"epoch {epoch}" if data.validation is None else f"validation AP {metric:.3f}"
+            told.update("net", epoch / num_epochs, reached)
+
+        trained = train_net(
+            params, data, num_epochs=num_epochs, seed=seed, on_epoch=on_epoch, device=torch.device(place.device)
+        )
+        told.update("net", 1.0, f"epoch {trained.fitted.best_epoch} of {num_epochs}")
+        return trained
+
+    return Task(
+        work=work, kind=Kind.MATRIX, name="fraud net", size=num_epochs * len(data.train), cpu=_ALL_CORES,
+        gpu=Needs(cores=0, gpus=1),
+    )  # fmt: skip
+
+
+def _trees_task(told: _Told, rows: TreeRows, **how: Any) -> Task[TreeEnsemble]:
+    def work(_: Place) -> TreeEnsemble:
+        trees = train_trees(rows, on_progress=lambda done, note: told.update("trees", done, note), **how).trees
+        told.update("trees", 1.0, f"{len(trees)} trees")
+        return trees
+
+    return Task(work=work, kind=Kind.UPDATE, name="fraud trees", size=len(rows.labels), cpu=_ALL_CORES)
 
 
 def _with_other_forms(

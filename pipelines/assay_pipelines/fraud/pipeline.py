@@ -83,13 +83,13 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version, num_rows=len(prepared.events)
     ) as run:
         found = _search(options, reporter, run, prepared)
-        fitted = fit_models(found.best, prepared, reporter, seed=options.seed)
+        fitted = fit_models(found.best, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
         run.log_steps("validation.average_precision", fitted.history)
         log_routing(run, fitted.routing)
         run.log(params={"blend.net": fitted.model.parts.blend.net, "blend.trees": fitted.model.parts.blend.trees})
         model = fitted.model
         if options.refit_on_all:
-            model = refit(fitted, found.best, prepared, reporter, seed=options.seed)
+            model = refit(fitted, found.best, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
         with reporter.stage("evaluate", "Score the test period"):
             probability = model.score(prepared.rows.rows.rows(as_slice(prepared.test))).probability
             metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.policy.decline_from)

@@ -1,14 +1,18 @@
 """Prometheus metrics of one scoring process. Every instance has a registry of its own, so tests do not collide."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from assay_platform.storage.tiered import TieredStore
+from assay_platform.tasks.beat import read_beats
 
 if TYPE_CHECKING:
     from assay_platform.moe.fences import Fences
@@ -21,7 +25,7 @@ class ServiceMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
+        self.requests = CounterMetric(
             "assay_requests_total", "HTTP requests", ("route", "method", "status"), registry=self.registry
         )
         self.latency = Histogram(
@@ -34,20 +38,20 @@ class ServiceMetrics:
         self.model_version = Gauge(
             "assay_model_version", "Version that answers", ("application", "model"), registry=self.registry
         )
-        self.swaps = Counter(
+        self.swaps = CounterMetric(
             "assay_model_swaps_total",
             "Model loads by outcome",
             ("application", "outcome"),
             registry=self.registry,
         )
-        self.labels = Counter("assay_fraud_labels_total", "Reported labels taken in", registry=self.registry)
-        self.decisions = Counter(
+        self.labels = CounterMetric("assay_fraud_labels_total", "Reported labels taken in", registry=self.registry)
+        self.decisions = CounterMetric(
             "assay_fraud_decisions_total", "Fraud decisions", ("decision",), registry=self.registry
         )
-        self.recommendations = Counter(
+        self.recommendations = CounterMetric(
             "assay_recommendations_total", "Recommendation lists", ("cold_start",), registry=self.registry
         )
-        self.events = Counter(
+        self.events = CounterMetric(
             "assay_events_total", "Events folded into features", ("application",), registry=self.registry
         )
 
@@ -59,9 +63,42 @@ class ServiceMetrics:
         """Show experts that failed. models: application → the fences of its model's layers, asked at every scrape."""
         self.registry.register(_ExpertCollector(models))
 
+    def watch_tasks(self, folder: Path) -> None:
+        """Show what the dispatchers of this machine do. folder: where they say it."""
+        self.registry.register(_TaskCollector(folder))
+
     def render(self) -> bytes:
         """The text that a Prometheus server scrapes."""
         return generate_latest(self.registry)
+
+
+class _TaskCollector(Collector):
+    """Reads what dispatchers last said when Prometheus asks. process: several run at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        room = GaugeMetricFamily("assay_task_room", "Cores and GPUs", labels=["process", "device", "what"])
+        running = GaugeMetricFamily("assay_tasks_running", "Tasks that run", labels=["process", "name", "device"])
+        waiting = GaugeMetricFamily("assay_tasks_waiting", "Tasks that wait", labels=["process", "kind"])
+        ended = CounterMetricFamily(
+            "assay_tasks", "What became of tasks", labels=["process", "name", "device", "outcome"]
+        )
+        seconds = CounterMetricFamily("assay_task_seconds", "Time of tasks", labels=["process", "name", "device"])
+        for process, beat in read_beats(self._folder):
+            for device in beat.total:
+                room.add_metric([process, device, "total"], beat.total[device])
+                room.add_metric([process, device, "used"], beat.used[device])
+            for (name, device), count in Counter((one.name, one.device) for one in beat.running).items():
+                running.add_metric([process, name, device], count)
+            for kind, count in beat.waiting.items():
+                waiting.add_metric([process, kind], count)
+            for done, count in beat.done.items():
+                ended.add_metric([process, done.name, done.device, done.outcome], count)
+            for (name, device), spent in beat.seconds.items():
+                seconds.add_metric([process, name, device], spent)
+        yield from (room, running, waiting, ended, seconds)
 
 
 class _ExpertCollector(Collector):

@@ -1,0 +1,360 @@
+"""Dispatch of tasks to CPUs and GPUs, in this process or on Ray.
+
+    with Dispatcher(ThreadWorkers(num_cores=2, num_gpus=1), ByCost()) as dispatcher:
+        net = dispatcher.submit(Task(work=train_net, args=(rows,), kind=Kind.MATRIX, gpu=Needs(gpus=0.5)))
+        trees = dispatcher.submit(Task(work=train_trees, args=(rows,), kind=Kind.UPDATE))
+        blend(net.result(), trees.result())
+
+What waits is ordered by priority; a placement chooses what a free device takes. At most `max_waiting` tasks wait:
+whoever submits more waits too. A task whose worker died is started again, and so is one that failed with an error that
+it names; its function may thus run more than once, but two tasks of one key are one. Who leaves the block waits for all
+results, unless an error made them leave: then everything is ended.
+
+Not covered: preemption, tasks that wait for other tasks (submit those when the results are there), results that
+outlive the process.
+"""
+
+import heapq
+import threading
+import time
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeVar
+
+from assay_platform.errors import ConfigError, TaskError, TaskLateError, TaskLostError
+from assay_platform.tasks.beat import Beat, Doing, Done
+from assay_platform.tasks.placement import Load, Placement, StaticRule, Work
+from assay_platform.tasks.rooms import Rooms, Taken
+from assay_platform.tasks.task import Device, Needs, Shared, Task, TaskFuture
+from assay_platform.tasks.workers import Outcome, Start, Workers
+
+T = TypeVar("T")
+
+_REMEMBERED_KEYS = 10_000
+# Tasks that are over so soon may be handed over before there is room.
+_SHORT_S = 0.1
+_BEAT_S = 1.0
+_CAPACITY_S = 5.0
+
+
+@dataclass(eq=False)
+class _Unit:
+    """A task, or several that start together, from submission to result."""
+
+    work: Work
+    tasks: tuple[Task[Any], ...]
+    future: TaskFuture[Any]
+    retries: int
+    retry_on: tuple[type[Exception], ...]
+    due_s: float
+    key: str
+    attempt: int = 0
+    device: Device = Device.CPU
+    taken: Taken | None = None
+    began_s: float = 0.0
+    expected_s: float | None = None
+    end: Callable[[], None] = field(default=lambda: None)
+
+
+class Dispatcher:
+    """Takes tasks from any thread; one thread of its own places them."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        placement: Placement | None = None,
+        *,
+        max_waiting: int = 512,
+        beat: Callable[[Beat], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """max_waiting: tasks that were submitted and not started. beat: is told what runs where, once a second.
+
+        Raises:
+            ConfigError: max_waiting is below 1.
+        """
+        if max_waiting < 1:
+            raise ConfigError(f"max_waiting is {max_waiting}; allowed is 1 and more")
+        self._workers, self._placement, self._clock = workers, placement or StaticRule(), clock
+        self._max_waiting, self._beat = max_waiting, beat
+        self._rooms = Rooms(workers.capacity())
+        self._changed = threading.Condition()
+        self._waiting: dict[int, _Unit] = {}  # by number, so in the order of submission
+        self._running: dict[int, _Unit] = {}
+        self._ended: deque[tuple[_Unit, list[Outcome], float]] = deque()
+        self._due: list[tuple[float, int]] = []
+        self._by_key: OrderedDict[str, TaskFuture[Any]] = OrderedDict()
+        self._done: Counter[Done] = Counter()
+        self._seconds: defaultdict[tuple[str, Device], float] = defaultdict(float)
+        self._number, self._closed = 0, False
+        self._next_beat_s = self._next_capacity_s = clock() + _BEAT_S
+        self._thread = threading.Thread(target=self._place, name="dispatcher", daemon=True)
+        self._thread.start()
+
+    def share(self, value: Any) -> Shared:
+        """Send a value that many tasks take to the workers once; goes into `Task.args`."""
+        return self._workers.share(value)
+
+    def submit(self, task: Task[T], *, timeout_s: float | None = None) -> TaskFuture[T]:
+        """The result to come. timeout_s: waits so long while too many tasks wait; None: for ever.
+
+        Raises:
+            ConfigError: no machine has what it needs.
+            TaskError: too many tasks waited for too long, or the dispatcher is closed.
+        """
+        return self._submit((task,), timeout_s)
+
+    def submit_together(self, tasks: Sequence[Task[T]], *, timeout_s: float | None = None) -> TaskFuture[list[T]]:
+        """Tasks that start when there is room for all of them, on one kind of device. If one fails or is lost, all end.
+
+        Priority, deadline, key and retries are those of the first.
+
+        Raises:
+            ConfigError: there are none, or the machines have not what they need.
+            TaskError: as in `submit`.
+        """
+        if not tasks:
+            raise ConfigError("no tasks were given that could start together")
+        return self._submit(tuple(tasks), timeout_s)
+
+    def _submit(self, tasks: tuple[Task[Any], ...], timeout_s: float | None) -> TaskFuture[Any]:
+        first = tasks[0]
+        name = first.name or str(first.kind)
+        with self._changed:
+            needs = self._possible(tasks)
+            if not needs:
+                raise ConfigError(f"task {name} needs {_wanted(tasks)}; there are {_there(self._rooms)}")
+            if first.key and (known := self._by_key.get(first.key)) is not None:
+                return known
+            room = self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._max_waiting, timeout_s)
+            if self._closed:
+                raise TaskError(f"task {name} came after the dispatcher was closed")
+            if not room:
+                raise TaskError(f"task {name} was not taken within {timeout_s:g} s: {self._max_waiting} others wait")
+            if first.key and (known := self._by_key.get(first.key)) is not None:
+                return known
+            number = self._number = self._number + 1
+            now = self._clock()
+            work = Work(number, name, first.kind, sum(task.size for task in tasks), first.priority, now, needs)
+            due = float("inf") if first.deadline_s is None else now + first.deadline_s
+            future: TaskFuture[Any] = TaskFuture(lambda: self._cancelled(unit))
+            unit = _Unit(work, tasks, future, first.retries, first.retry_on, due, first.key)
+            self._waiting[number] = unit
+            if first.key:
+                self._by_key[first.key] = future
+            if first.deadline_s is not None:
+                heapq.heappush(self._due, (due, number))
+            self._changed.notify_all()
+        return future
+
+    def _possible(self, tasks: Sequence[Task[Any]]) -> dict[Device, tuple[Needs, ...]]:
+        found = {}
+        for device in Device:
+            needs = [need for task in tasks if (need := task.needs(device)) is not None]
+            if len(needs) == len(tasks) and self._rooms.fits_at_all(needs):
+                found[device] = tuple(needs)
+        return found
+
+    def _cancelled(self, unit: _Unit) -> None:
+        with self._changed:
+            self._forget(unit, "cancelled")
+            unit.end()
+            self._changed.notify_all()
+
+    def _forget(self, unit: _Unit, outcome: str) -> None:
+        """It has its result. What still runs of it keeps its room."""
+        self._waiting.pop(unit.work.number, None)
+        self._done[Done(unit.work.name, unit.work.kind, unit.device, outcome)] += 1
+        if not unit.key:
+            return
+        if outcome != "done":
+            self._by_key.pop(unit.key, None)
+        elif len(self._by_key) > _REMEMBERED_KEYS:
+            for key in [key for key, future in self._by_key.items() if future.done()][: _REMEMBERED_KEYS // 10]:
+                del self._by_key[key]
+
+    def now(self) -> Beat:
+        """What runs where, what waits, what was done."""
+        with self._changed:
+            return self._now()
+
+    def _now(self) -> Beat:
+        at = self._clock()
+        running = [
+            Doing(unit.work.name, unit.work.kind, unit.device, at - unit.began_s, unit.attempt)
+            for unit in self._running.values()
+        ]
+        waiting = Counter(unit.work.kind for unit in self._waiting.values())
+        capacity = self._rooms.capacity
+        total = {Device.CPU: capacity.cores, Device.GPU: float(capacity.gpus)}
+        used = {Device.CPU: self._rooms.used_cores, Device.GPU: self._rooms.used_gpus}
+        return Beat(total, used, running, dict(waiting), dict(self._done), dict(self._seconds))
+
+    def __enter__(self) -> "Dispatcher":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._waiting and not self._running)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End everything. Safe to repeat."""
+        with self._changed:
+            self._closed = True
+            units = [*self._waiting.values(), *self._running.values()]
+            self._changed.notify_all()
+        for unit in units:
+            unit.future.cancel()
+        self._thread.join()
+        self._workers.close()
+
+    # What follows runs in the dispatcher's own thread.
+
+    def _place(self) -> None:
+        while True:
+            with self._changed:
+                while not self._ended and not self._closed and not self._timed():
+                    self._start_what_fits()
+                    if not self._ended and not self._closed:
+                        self._changed.wait(self._until_next())
+                ended = list(self._ended)
+                self._ended.clear()
+                finished = [(unit, *self._over(unit, outcomes, at)) for unit, outcomes, at in ended]
+                late = self._late()
+                beat = self._now() if self._beat is not None and self._clock() >= self._next_beat_s else None
+                if beat is not None:
+                    self._next_beat_s = self._clock() + _BEAT_S
+                closed = self._closed
+                self._changed.notify_all()
+            # Outside of the lock: what others have added to futures may submit more.
+            for unit, value, error, again in finished:
+                if not again:
+                    unit.future.settle(value, error)
+            for unit in late:
+                given = unit.tasks[0].deadline_s
+                unit.future.settle(None, TaskLateError(f"task {unit.work.name} was not done within {given:g} s"))
+            if beat is not None and self._beat is not None:
+                self._beat(beat)
+            if closed:
+                return
+
+    def _timed(self) -> bool:
+        now = self._clock()
+        beats = self._beat is not None and now >= self._next_beat_s
+        return beats or bool(self._due and self._due[0][0] <= now)
+
+    def _until_next(self) -> float | None:
+        times = [self._due[0][0]] if self._due else []
+        if self._beat is not None:
+            times.append(self._next_beat_s)
+        if self._waiting:
+            times.append(self._clock() + _CAPACITY_S)
+        return max(0.0, min(times) - self._clock()) if times else None
+
+    def _start_what_fits(self) -> None:
+        now = self._clock()
+        if self._waiting and now >= self._next_capacity_s:
+            self._rooms.resize(self._workers.capacity())
+            self._next_capacity_s = now + _CAPACITY_S
+        open_devices = [device for device in (Device.GPU, Device.CPU) if self._width(device) > 0]
+        while self._waiting and open_devices:
+            loads = {device: self._load(device, now) for device in Device if self._width(device) > 0}
+            device = open_devices[0]
+            waiting = [unit.work for unit in self._waiting.values()]
+            work = self._placement.pick(device, waiting, now, loads)
+            if work is None or not self._start(self._waiting[work.number], device, now):
+                open_devices.pop(0)
+
+    def _width(self, device: Device) -> float:
+        capacity = self._rooms.capacity
+        return capacity.gpus if device is Device.GPU else capacity.cores
+
+    def _load(self, device: Device, now: float) -> Load:
+        width, seconds = self._width(device), 0.0
+        for unit in self._running.values():
+            if unit.device is device:
+                left = max(0.0, (unit.expected_s or 0.0) - (now - unit.began_s))
+                seconds += left * unit.work.share(device, width)
+        return Load(width, seconds)
+
+    def _start(self, unit: _Unit, device: Device, now: float) -> bool:
+        expected = self._placement.seconds(unit.work, device)
+        ahead = self._workers.ahead_cores if expected is not None and expected < _SHORT_S else 0.0
+        taken = self._rooms.take(unit.work.needs[device], ahead_cores=ahead)
+        if taken is None:
+            return False
+        del self._waiting[unit.work.number]
+        self._running[unit.work.number] = unit
+        unit.device, unit.taken, unit.began_s, unit.expected_s = device, taken, now, expected
+        unit.attempt += 1
+        unit.future.started()
+        start = Start(unit.tasks, device, taken, unit.attempt)
+        unit.end = self._workers.start(start, lambda outcomes: self._came(unit, outcomes))
+        self._changed.notify_all()
+        return True
+
+    def _came(self, unit: _Unit, outcomes: list[Outcome]) -> None:
+        """From a thread of the workers, which may be this one where it ended at once."""
+        with self._changed:
+            self._ended.append((unit, outcomes, self._clock()))
+            self._changed.notify_all()
+
+    def _over(self, unit: _Unit, outcomes: list[Outcome], at: float) -> tuple[Any, BaseException | None, bool]:
+        """Value, error, and whether it waits again."""
+        assert unit.taken is not None
+        self._rooms.give(unit.taken)
+        del self._running[unit.work.number]
+        seconds = max(outcome.seconds for outcome in outcomes)
+        self._seconds[unit.work.name, unit.device] += seconds
+        lost = next((outcome.lost for outcome in outcomes if outcome.lost), "")
+        error = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
+        if unit.future.done():  # cancelled or late: nobody asks
+            return None, None, False
+        retry = lost if error is None else isinstance(error, unit.retry_on)
+        if retry and unit.attempt <= unit.retries and not self._closed:
+            self._done[Done(unit.work.name, unit.work.kind, unit.device, "retried")] += 1
+            self._waiting[unit.work.number] = unit
+            # As old as it is: what was submitted first goes first.
+            self._waiting = dict(sorted(self._waiting.items()))
+            self._next_capacity_s = 0.0
+            return None, None, True
+        if error is None and lost:
+            error = TaskLostError(f"task {unit.work.name} was lost {unit.attempt} times with its worker: {lost}")
+        if error is None:
+            self._placement.ended(unit.work, unit.device, seconds)
+        self._forget(unit, "done" if error is None else "failed")
+        values = [outcome.value for outcome in outcomes]
+        return values[0] if len(unit.tasks) == 1 else values, error, False
+
+    def _late(self) -> list[_Unit]:
+        late = []
+        while self._due and self._due[0][0] <= self._clock():
+            _, number = heapq.heappop(self._due)
+            unit = self._waiting.get(number) or self._running.get(number)
+            if unit is not None and not unit.future.done():
+                self._forget(unit, "late")
+                unit.end()
+                late.append(unit)
+        return late
+
+
+def _wanted(tasks: Sequence[Task[Any]]) -> str:
+    options = []
+    for device in Device:
+        needs = [need for task in tasks if (need := task.needs(device)) is not None]
+        if len(needs) == len(tasks):
+            options.append(f"{sum(n.cores for n in needs):g} cores and {sum(n.gpus for n in needs):g} GPUs")
+    return " or ".join(options) or "one kind of device for all of them"
+
+
+def _there(rooms: Rooms) -> str:
+    capacity = rooms.capacity
+    return f"{capacity.cores:g} cores and {capacity.gpus} GPUs, at most {capacity.cores_of_one:g} cores on one machine"
