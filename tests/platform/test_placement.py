@@ -7,7 +7,7 @@ import pytest
 from assay_platform.errors import ConfigError
 from assay_platform.tasks.costs import Costs
 from assay_platform.tasks.dispatch import Dispatcher
-from assay_platform.tasks.placement import ByCost, Load, Placement, StaticRule, Work
+from assay_platform.tasks.placement import ByCost, Load, Placement, Queue, StaticRule, Work
 from assay_platform.tasks.rooms import Capacity, Rooms, Taken
 from assay_platform.tasks.task import Device, Kind, Needs, Place, Task
 from assay_platform.tasks.workers import ThreadWorkers
@@ -23,6 +23,10 @@ needs = st.builds(Needs, cores=st.sampled_from([0.0, 0.5, 1.0, 2.0]), gpus=st.sa
 
 def work(number: int, name: str = "net", *, kind: Kind = Kind.MATRIX, size: float = 1.0, priority: int = 0) -> Work:
     return Work(number, name, kind, size, priority, 0.0, ONE)
+
+
+def queues(*heads: Work) -> list[Queue]:
+    return [Queue(head, 1) for head in heads]
 
 
 @settings(deadline=None)
@@ -112,43 +116,42 @@ def known(**seconds: tuple[float, float]) -> ByCost:
 def test_each_device_takes_what_it_is_best_at() -> None:
     placement = known(net=(10.0, 1.0), solve=(3.0, 1.0), trees=(1.0, 2.0))
     waiting = [work(1, "solve"), work(2, "trees"), work(3, "net")]
-    assert placement.pick(GPU, waiting, 0.0, IDLE) == waiting[2]
-    assert placement.pick(CPU, waiting, 0.0, IDLE) == waiting[1]
+    assert placement.pick(GPU, queues(*waiting), 0.0, IDLE) == waiting[2]
+    assert placement.pick(CPU, queues(*waiting), 0.0, IDLE) == waiting[1]
 
 
 def test_nothing_is_taken_that_the_other_would_finish_sooner() -> None:
     placement = known(net=(10.0, 1.0))
     waiting = [work(1, "net")]
-    assert placement.pick(CPU, waiting, 0.0, {CPU: Load(2, 0.0), GPU: Load(1, 8.0)}) is None
-    assert placement.pick(CPU, waiting, 0.0, {CPU: Load(2, 0.0), GPU: Load(1, 9.5)}) == waiting[0]
-    queue = [work(number, "net") for number in range(10)]
-    assert placement.pick(CPU, queue[:9], 0.0, IDLE) is None  # the GPU is done with nine before the CPU with one
-    assert placement.pick(CPU, queue, 0.0, IDLE) == queue[0]
+    assert placement.pick(CPU, queues(*waiting), 0.0, {CPU: Load(2, 0.0), GPU: Load(1, 8.0)}) is None
+    assert placement.pick(CPU, queues(*waiting), 0.0, {CPU: Load(2, 0.0), GPU: Load(1, 9.5)}) == waiting[0]
+    assert placement.pick(CPU, [Queue(waiting[0], 9)], 0.0, IDLE) is None  # the GPU is done with nine sooner
+    assert placement.pick(CPU, [Queue(waiting[0], 10)], 0.0, IDLE) == waiting[0]
 
 
 def test_what_was_never_measured_goes_where_its_kind_goes() -> None:
     for placement in (ByCost(), StaticRule()):
         waiting = [work(1, "a", kind=Kind.MATRIX), work(2, "b", kind=Kind.FEATURE)]
-        assert placement.pick(GPU, waiting, 0.0, IDLE) == waiting[0]
-        assert placement.pick(CPU, waiting, 0.0, IDLE) == waiting[1]
+        assert placement.pick(GPU, queues(*waiting), 0.0, IDLE) == waiting[0]
+        assert placement.pick(CPU, queues(*waiting), 0.0, IDLE) == waiting[1]
 
 
 def test_priority_goes_before_cost_and_what_waited_long_before_what_fits_better() -> None:
     placement = known(net=(10.0, 1.0), trees=(1.0, 2.0))
     waiting = [work(1, "trees"), work(2, "net"), work(3, "trees", priority=1)]
-    assert placement.pick(CPU, waiting, 0.0, IDLE) == waiting[2]
+    assert placement.pick(CPU, queues(*waiting), 0.0, IDLE) == waiting[2]
     aged = [work(1, "net"), work(2, "net"), work(3, "trees")]
-    assert placement.pick(CPU, aged, 0.0, {CPU: Load(2, 0.0), GPU: Load(1, 50.0)}) == aged[2]
-    assert placement.pick(CPU, aged, 61.0, {CPU: Load(2, 0.0), GPU: Load(1, 50.0)}) == aged[0]
+    assert placement.pick(CPU, queues(*aged), 0.0, {CPU: Load(2, 0.0), GPU: Load(1, 50.0)}) == aged[2]
+    assert placement.pick(CPU, queues(*aged), 61.0, {CPU: Load(2, 0.0), GPU: Load(1, 50.0)}) == aged[0]
 
 
 def test_a_static_rule_keeps_the_order_and_can_put_all_on_one_device() -> None:
     waiting = [work(1, kind=Kind.FEATURE), work(2), work(3, kind=Kind.FEATURE, priority=2)]
-    assert StaticRule().pick(CPU, waiting, 0.0, IDLE) == waiting[2]
-    assert StaticRule(only=GPU).pick(CPU, waiting, 0.0, IDLE) is None
-    assert StaticRule(only=GPU).pick(GPU, waiting, 0.0, {GPU: Load(1, 0.0)}) == waiting[2]
+    assert StaticRule().pick(CPU, queues(*waiting), 0.0, IDLE) == waiting[2]
+    assert StaticRule(only=GPU).pick(CPU, queues(*waiting), 0.0, IDLE) is None
+    assert StaticRule(only=GPU).pick(GPU, queues(*waiting), 0.0, {GPU: Load(1, 0.0)}) == waiting[2]
     cpu_alone = work(4)._replace(needs={CPU: (Needs(),)})
-    assert StaticRule().pick(CPU, [cpu_alone], 0.0, IDLE) == cpu_alone
+    assert StaticRule().pick(CPU, queues(cpu_alone), 0.0, IDLE) == cpu_alone
 
 
 SECONDS = {"net": (0.20, 0.02), "windows": (0.02, 0.02), "trees": (0.02, 0.06), "tiny": (0.004, 0.006)}

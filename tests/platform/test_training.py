@@ -4,6 +4,7 @@ import pytest
 import torch
 from assay_platform.errors import ConfigError
 from assay_platform.training import StopTraining, TrainConfig, fit
+from assay_platform.training.offload import OffloadedAdamW
 
 
 def run(metrics: list[float], *, patience: int = 10, stop_at: int = 0) -> tuple[torch.nn.Linear, object, list[float]]:
@@ -100,3 +101,84 @@ def test_isolated_training_is_exactly_the_same_where_all_are_chosen() -> None:
 def test_an_isolated_fraction_beyond_one_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"isolated_fraction is 1\.5"):
         TrainConfig(isolated_fraction=1.5)
+
+
+def trained(update_on: str, device: str = "cpu", *, isolated: float = 0.0) -> list[torch.Tensor]:
+    """The weights after three epochs of a net of two units, one of them left out by every second batch."""
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    head = torch.nn.Linear(4, 1)
+    net = torch.nn.ModuleList([first, second, head]).to(device)
+    batches = [(torch.randn(8, 4).to(device), number) for number in range(6)]
+
+    def loss(batch: tuple[torch.Tensor, int]) -> torch.Tensor:
+        x, number = batch
+        hidden = first(x).tanh()
+        hidden = second(hidden).tanh() if number % 2 else hidden
+        found: torch.Tensor = (head(hidden) - x.sum(1, keepdim=True)).square().mean()
+        return found
+
+    config = TrainConfig(
+        num_epochs=3, learning_rate=0.05, weight_decay=0.1, isolated_fraction=isolated, update_on=update_on
+    )  # type: ignore[arg-type]
+    fit(net, batches=lambda _: batches, num_batches=6, loss=loss, evaluate=None, config=config, units=[first, second])
+    return [weight.detach().cpu().clone() for weight in net.parameters()]
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+
+
+@pytest.mark.parametrize("isolated", [0.0, 1.0])
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_update_on_the_cpu_is_the_same_update(device: str, isolated: float) -> None:
+    for ours, theirs in zip(
+        trained("cpu", device, isolated=isolated), trained("device", device, isolated=isolated), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+class _LateAdamW(torch.optim.AdamW):
+    """The oracle: the update of a step is applied to the weights that its successor started from."""
+
+    def __init__(self, weights: list[torch.nn.Parameter], **how: float) -> None:
+        super().__init__(weights, **how)  # type: ignore[arg-type]
+        self.weights = weights
+        self.newest = [weight.detach().clone() for weight in weights]
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        shown = [weight.detach().clone() for weight in self.newest]
+        for weight, newest in zip(self.weights, self.newest, strict=True):
+            weight.data.copy_(newest)
+        super().step()
+        self.newest = [weight.detach().clone() for weight in self.weights]
+        for weight, old in zip(self.weights, shown, strict=True):
+            weight.data.copy_(old)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_late_update_is_one_step_behind_and_flushed_at_the_end(device: str) -> None:
+    def weights_of(late: bool) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).to(device)
+        held = list(net.parameters())
+        how = {"lr": 0.1, "weight_decay": 0.01}
+        optimizer = (
+            OffloadedAdamW([{"params": held}], **how, late=True, units=[net[0]]) if late else _LateAdamW(held, **how)
+        )
+        for _ in range(5):
+            optimizer.zero_grad()
+            net(torch.ones(2, 3, device=device)).square().sum().backward()
+            optimizer.step()
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.close()
+            return [weight.detach().cpu() for weight in held]
+        return [weight.cpu() for weight in optimizer.newest]
+
+    for ours, theirs in zip(weights_of(late=True), weights_of(late=False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_place_of_the_update_is_refused() -> None:
+    with pytest.raises(ConfigError, match="update_on is 'moon'; allowed are device, cpu, cpu-late"):
+        TrainConfig(update_on="moon")  # type: ignore[arg-type]

@@ -15,17 +15,18 @@ outlive the process.
 """
 
 import heapq
+import math
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
 from assay_platform.errors import ConfigError, TaskError, TaskLateError, TaskLostError
 from assay_platform.tasks.beat import Beat, Doing, Done
-from assay_platform.tasks.placement import Load, Placement, StaticRule, Work
+from assay_platform.tasks.placement import Load, Placement, Queue, StaticRule, Work
 from assay_platform.tasks.rooms import Rooms, Taken
 from assay_platform.tasks.task import Device, Needs, Shared, Task, TaskFuture
 from assay_platform.tasks.workers import Outcome, Start, Workers
@@ -56,6 +57,47 @@ class _Unit:
     began_s: float = 0.0
     expected_s: float | None = None
     end: Callable[[], None] = field(default=lambda: None)
+    alike: tuple[object, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        work = self.work
+        # Sizes within a factor of two.
+        self.alike = (work.name, work.kind, work.priority, math.frexp(work.size)[1], tuple(sorted(work.needs.items())))
+
+
+class _Waiting:
+    """Units that were submitted and not started, in queues of those that are alike."""
+
+    def __init__(self) -> None:
+        self._units: dict[int, _Unit] = {}
+        self._queues: dict[tuple[object, ...], deque[_Unit]] = {}
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __iter__(self) -> Iterator[_Unit]:
+        return iter(self._units.values())
+
+    def get(self, number: int) -> _Unit | None:
+        return self._units.get(number)
+
+    def queues(self) -> list[Queue]:
+        return [Queue(queue[0].work, len(queue)) for queue in self._queues.values()]
+
+    def add(self, unit: _Unit, *, first: bool = False) -> None:
+        """first: it was there before, so it is older than what waits."""
+        self._units[unit.work.number] = unit
+        queue = self._queues.setdefault(unit.alike, deque())
+        (queue.appendleft if first else queue.append)(unit)
+
+    def remove(self, unit: _Unit) -> None:
+        """Safe to repeat."""
+        if self._units.pop(unit.work.number, None) is None:
+            return
+        queue = self._queues[unit.alike]
+        queue.remove(unit)  # mostly the first
+        if not queue:
+            del self._queues[unit.alike]
 
 
 class Dispatcher:
@@ -81,7 +123,7 @@ class Dispatcher:
         self._max_waiting, self._beat = max_waiting, beat
         self._rooms = Rooms(workers.capacity())
         self._changed = threading.Condition()
-        self._waiting: dict[int, _Unit] = {}  # by number, so in the order of submission
+        self._waiting = _Waiting()
         self._running: dict[int, _Unit] = {}
         self._ended: deque[tuple[_Unit, list[Outcome], float]] = deque()
         self._due: list[tuple[float, int]] = []
@@ -141,7 +183,7 @@ class Dispatcher:
             due = float("inf") if first.deadline_s is None else now + first.deadline_s
             future: TaskFuture[Any] = TaskFuture(lambda: self._cancelled(unit))
             unit = _Unit(work, tasks, future, first.retries, first.retry_on, due, first.key)
-            self._waiting[number] = unit
+            self._waiting.add(unit)
             if first.key:
                 self._by_key[first.key] = future
             if first.deadline_s is not None:
@@ -165,7 +207,7 @@ class Dispatcher:
 
     def _forget(self, unit: _Unit, outcome: str) -> None:
         """It has its result. What still runs of it keeps its room."""
-        self._waiting.pop(unit.work.number, None)
+        self._waiting.remove(unit)
         self._done[Done(unit.work.name, unit.work.kind, unit.device, outcome)] += 1
         if not unit.key:
             return
@@ -186,7 +228,7 @@ class Dispatcher:
             Doing(unit.work.name, unit.work.kind, unit.device, at - unit.began_s, unit.attempt)
             for unit in self._running.values()
         ]
-        waiting = Counter(unit.work.kind for unit in self._waiting.values())
+        waiting = Counter(unit.work.kind for unit in self._waiting)
         capacity = self._rooms.capacity
         total = {Device.CPU: capacity.cores, Device.GPU: float(capacity.gpus)}
         used = {Device.CPU: self._rooms.used_cores, Device.GPU: self._rooms.used_gpus}
@@ -209,7 +251,7 @@ class Dispatcher:
         """End everything. Safe to repeat."""
         with self._changed:
             self._closed = True
-            units = [*self._waiting.values(), *self._running.values()]
+            units = [*self._waiting, *self._running.values()]
             self._changed.notify_all()
         for unit in units:
             unit.future.cancel()
@@ -268,9 +310,8 @@ class Dispatcher:
         while self._waiting and open_devices:
             loads = {device: self._load(device, now) for device in Device if self._width(device) > 0}
             device = open_devices[0]
-            waiting = [unit.work for unit in self._waiting.values()]
-            work = self._placement.pick(device, waiting, now, loads)
-            if work is None or not self._start(self._waiting[work.number], device, now):
+            work = self._placement.pick(device, self._waiting.queues(), now, loads)
+            if work is None or not self._start(self._waiting.get(work.number), device, now):
                 open_devices.pop(0)
 
     def _width(self, device: Device) -> float:
@@ -285,13 +326,14 @@ class Dispatcher:
                 seconds += left * unit.work.share(device, width)
         return Load(width, seconds)
 
-    def _start(self, unit: _Unit, device: Device, now: float) -> bool:
+    def _start(self, unit: _Unit | None, device: Device, now: float) -> bool:
+        assert unit is not None
         expected = self._placement.seconds(unit.work, device)
         ahead = self._workers.ahead_cores if expected is not None and expected < _SHORT_S else 0.0
         taken = self._rooms.take(unit.work.needs[device], ahead_cores=ahead)
         if taken is None:
             return False
-        del self._waiting[unit.work.number]
+        self._waiting.remove(unit)
         self._running[unit.work.number] = unit
         unit.device, unit.taken, unit.began_s, unit.expected_s = device, taken, now, expected
         unit.attempt += 1
@@ -321,9 +363,7 @@ class Dispatcher:
         retry = lost if error is None else isinstance(error, unit.retry_on)
         if retry and unit.attempt <= unit.retries and not self._closed:
             self._done[Done(unit.work.name, unit.work.kind, unit.device, "retried")] += 1
-            self._waiting[unit.work.number] = unit
-            # As old as it is: what was submitted first goes first.
-            self._waiting = dict(sorted(self._waiting.items()))
+            self._waiting.add(unit, first=True)
             self._next_capacity_s = 0.0
             return None, None, True
         if error is None and lost:
@@ -338,7 +378,7 @@ class Dispatcher:
         late = []
         while self._due and self._due[0][0] <= self._clock():
             _, number = heapq.heappop(self._due)
-            unit = self._waiting.get(number) or self._running.get(number)
+            unit = self._running.get(number) or self._waiting.get(number)
             if unit is not None and not unit.future.done():
                 self._forget(unit, "late")
                 unit.end()

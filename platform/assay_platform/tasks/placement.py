@@ -45,13 +45,20 @@ class Load(NamedTuple):
 Loads = Mapping[Device, Load]
 
 
+class Queue(NamedTuple):
+    """Tasks alike in name, needs and priority, and nearly in size, in the order of submission."""
+
+    head: Work
+    length: int
+
+
 class Placement(Protocol):
     """Chooses. Called by one thread."""
 
-    def pick(self, device: Device, waiting: Sequence[Work], now_s: float, loads: Loads) -> Work | None:
-        """What starts next on this device, or is waited for if it does not fit yet; None: nothing.
+    def pick(self, device: Device, queues: Sequence[Queue], now_s: float, loads: Loads) -> Work | None:
+        """The head that starts next on this device, or is waited for if it does not fit yet; None: none of them.
 
-        waiting: in the order of submission. loads: of the devices that there are.
+        loads: of the devices that there are.
         """
 
     def seconds(self, work: Work, device: Device) -> float | None:
@@ -71,10 +78,10 @@ class StaticRule:
         wanted = self._only or usual_device(work.kind)
         return wanted if wanted in work.needs and wanted in devices else next(d for d in work.needs if d in devices)
 
-    def pick(self, device: Device, waiting: Sequence[Work], now_s: float, loads: Loads) -> Work | None:
+    def pick(self, device: Device, queues: Sequence[Queue], now_s: float, loads: Loads) -> Work | None:
         """See `Placement`."""
         del now_s
-        own = (work for work in waiting if self._device(work, loads) is device)
+        own = (queue.head for queue in queues if self._device(queue.head, loads) is device)
         return max(own, key=lambda work: (work.priority, -work.number), default=None)
 
     def seconds(self, work: Work, device: Device) -> float | None:
@@ -112,19 +119,20 @@ class ByCost:
         """See `Placement`."""
         self.costs.add(work.name, device, work.size, seconds)
 
-    def pick(self, device: Device, waiting: Sequence[Work], now_s: float, loads: Loads) -> Work | None:
+    def pick(self, device: Device, queues: Sequence[Queue], now_s: float, loads: Loads) -> Work | None:
         """See `Placement`."""
-        first = max((work.priority for work in waiting if device in work.needs), default=None)
-        if first is None:
+        own = [queue for queue in queues if device in queue.head.needs]
+        if not own:
             return None
-        urgent = [work for work in waiting if work.priority == first]
+        first = max(queue.head.priority for queue in own)
+        own = [queue for queue in own if queue.head.priority == first]
+        oldest = min(own, key=lambda queue: queue.head.number)
         if len(loads) == 1:
-            return next(work for work in urgent if device in work.needs)
-        own = [work for work in urgent if device in work.needs]
-        late = [work for work in own if now_s - work.submitted_s > self._patience_s]
+            return oldest.head
         # What nobody else can run has an endless gain, so it comes first.
-        best = late[0] if late else max(own, key=lambda work: (self._gain(work, device), -work.number))
-        return self._unless_better_elsewhere(device, best, urgent, loads)
+        late = now_s - oldest.head.submitted_s > self._patience_s
+        best = oldest if late else max(own, key=lambda queue: (self._gain(queue.head, device), -queue.head.number))
+        return self._unless_better_elsewhere(device, best, queues, loads)
 
     def _gain(self, work: Work, device: Device) -> float:
         """How many times longer the other device takes."""
@@ -136,8 +144,10 @@ class ByCost:
             return 1.0 / ratio if device is Device.CPU else ratio
         return there / max(here, 1e-9)
 
-    def _unless_better_elsewhere(self, device: Device, work: Work, urgent: Sequence[Work], loads: Loads) -> Work | None:
-        other = _OTHER[device]
+    def _unless_better_elsewhere(
+        self, device: Device, chosen: Queue, queues: Sequence[Queue], loads: Loads
+    ) -> Work | None:
+        work, other = chosen.head, _OTHER[device]
         if other not in work.needs:
             return work
         here, there = self.seconds(work, device), self.seconds(work, other)
@@ -146,8 +156,10 @@ class ByCost:
         if here <= there:
             return work
         # All that the other device would rather do, or as gladly, comes before it there.
+        width, ahead_s = loads[other]
         gain = self._gain(work, other)
-        ahead = [one for one in urgent if other in one.needs and one is not work and self._gain(one, other) >= gain]
-        width, free_in_s = loads[other]
-        queued = sum((self.seconds(one, other) or 0.0) * one.share(other, width) for one in ahead)
-        return work if here <= free_in_s + queued + there else None
+        for queue in queues:
+            if other in queue.head.needs and queue.head.priority >= work.priority:
+                before = queue.length - (queue is chosen) if self._gain(queue.head, other) >= gain else 0
+                ahead_s += before * (self.seconds(queue.head, other) or 0.0) * queue.head.share(other, width)
+        return work if here <= ahead_s + there else None

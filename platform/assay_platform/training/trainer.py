@@ -6,16 +6,18 @@ have an `after_step` method, which is called after every optimizer step.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from assay_platform.errors import ConfigError
+from assay_platform.training.offload import OffloadedAdamW
 
 Batch = TypeVar("Batch")
+UpdateOn = Literal["device", "cpu", "cpu-late"]
 
 
 class StopTraining(Exception):  # noqa: N818 - a signal, as StopIteration is
@@ -48,6 +50,9 @@ class TrainConfig:
     that no row of the batch chose keep weights and optimizer state, and an expert that was never chosen has no state.
     In the rest every weight that is trained takes each step, with a gradient of zero if it got none. Where all experts
     are chosen in each batch, the two are the same.
+
+    update_on: where optimizer state is kept and weights are updated: `device`, the one that computes; `cpu`, so that a
+    GPU has room for more than twice the weights; `cpu-late`, as that, but a step behind, so that the GPU never waits.
     """
 
     num_epochs: int = 10
@@ -57,12 +62,15 @@ class TrainConfig:
     clip_norm: float = 1.0
     patience: int = 4
     isolated_fraction: float = 0.0
+    update_on: UpdateOn = "device"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.isolated_fraction <= 1.0:
             raise ConfigError(f"isolated_fraction is {self.isolated_fraction}; allowed is 0 to 1")
         if self.num_epochs < 1 or self.patience < 1:
             raise ConfigError(f"num_epochs {self.num_epochs} and patience {self.patience} must be at least 1")
+        if self.update_on not in get_args(UpdateOn):
+            raise ConfigError(f"update_on is {self.update_on!r}; allowed are {', '.join(get_args(UpdateOn))}")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0")
 
@@ -87,6 +95,20 @@ def fastest_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _optimizer(trained: list[nn.Parameter], config: TrainConfig, units: Sequence[nn.Module]) -> torch.optim.Optimizer:
+    decayed, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.update_on == "device":
+        # Fused: one pass over memory a weight instead of a dozen.
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
+    return OffloadedAdamW(groups, lr=rate, weight_decay=decay, late=config.update_on == "cpu-late", units=units)
+
+
+def _copy(value: Tensor, config: TrainConfig) -> Tensor:
+    return value.clone() if config.update_on == "device" else value.to("cpu", copy=True)
+
+
 def fit(
     module: nn.Module,
     *,
@@ -96,19 +118,17 @@ def fit(
     evaluate: Callable[[], float] | None,
     config: TrainConfig,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
+    units: Sequence[nn.Module] = (),
 ) -> FitResult:
     """Train `module` in place and leave it with its best weights.
 
     batches: epoch → batches. num_batches: how many of them an epoch has, for the schedule. evaluate: validation
     metric, higher is better; without one the last weights stay and the metric is the epoch's number. on_epoch:
-    called with (epoch from 1, metric); may raise StopTraining.
+    called with (epoch from 1, metric); may raise StopTraining. units: see `OffloadedAdamW`.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1]
-    plain = [p for p in trained if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    # Fused: one pass over memory a weight instead of a dozen.
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    optimizer = _optimizer(trained, config, units)
+    flush = optimizer.flush if isinstance(optimizer, OffloadedAdamW) else lambda: None
     isolatings = [m for m in module.modules() if isinstance(m, IsolatesGradients)]
     followers = [m for m in module.modules() if isinstance(m, FollowsSteps)]
     num_steps = config.num_epochs * num_batches
@@ -136,18 +156,21 @@ def fit(
             for follower in followers:
                 follower.after_step()
             step += 1
+        flush()
         module.eval()
         metric = float(epoch) if evaluate is None else evaluate()
         metric = -math.inf if math.isnan(metric) else metric  # or nothing later could be better
         history.append(metric)
         if metric > best_metric or not best_state:
             best_metric, best_epoch = metric, epoch
-            best_state = {name: value.clone() for name, value in module.state_dict().items()}
+            best_state = {name: _copy(value, config) for name, value in module.state_dict().items()}
         try:
             on_epoch(epoch, metric)
         except StopTraining:
             break
         if epoch - best_epoch >= config.patience:
             break
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.close()
     module.load_state_dict(best_state)
     return FitResult(best_metric, best_epoch, history)
