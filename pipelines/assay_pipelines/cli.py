@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--recalibrate", action="store_true",
                                  help="the champion stays as it is; its probabilities and thresholds move to what "
                                       "was reported since, if they have drifted (fraud)")  # fmt: skip
+            command.add_argument("--update-on", choices=("device", "cpu", "cpu-late"), default="device",
+                                 help="where weights of nets on the MoE backbone are updated: on the device that "
+                                      "computes, on the CPU so that more of them fit on a GPU, or there a step late "
+                                      "so that the GPU does not wait (default: device)")  # fmt: skip
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from assay_features.definitions import FeaturePlan
 from assay_features.rules import Rule
 from assay_features.schema import Schema
 from assay_platform.config import Config
 from assay_platform.errors import ConfigError
+
+if TYPE_CHECKING:
+    from assay_platform.training import UpdateOn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,7 @@ class RunOptions:
     search_name: a search that is remembered, and gone on with where it stopped.
     plan: features instead of those that the schema gives by itself (fraud). rules: decide before the model (fraud).
     update: the champion learns on instead of being trained anew (fraud). recalibrate: only its probabilities move.
+    update_on: where the weights of nets on the backbone are updated, see `TrainConfig`.
     """
 
     config: Config
@@ -40,6 +44,7 @@ class RunOptions:
     plan: FeaturePlan | None = None
     rules: tuple[Rule, ...] = ()
     update: bool = False
+    update_on: "UpdateOn" = "device"
     recalibrate: bool = False
 
     def __post_init__(self) -> None:

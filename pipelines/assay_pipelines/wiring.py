@@ -134,7 +134,7 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
     return replace(
         options, seed=call.seed, search_name=call.search, budget_s=call.budget, max_rows=call.rows,
         plan=_plan(call), rules=_rules(call),
-        update=update, recalibrate=recalibrate,
+        update=update, recalibrate=recalibrate, update_on=getattr(call, "update_on", "device"),
     )  # fmt: skip
 
 
@@ -228,6 +228,7 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
     command += ["--name", call.name] if call.name else []
     command += ["--rows", str(call.rows)] if call.rows else []
     command += ["--search", call.search] if call.search else []
+    command += ["--update-on", call.update_on] if call.command == "run" else []
     command += ["--json"] if call.json else []
     command += [f"--{name}" for name in ("update", "recalibrate") if getattr(call, name, False)]
     with tempfile.TemporaryDirectory(prefix="assay-job-") as scratch:

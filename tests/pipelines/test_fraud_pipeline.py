@@ -15,7 +15,7 @@ from assay_pipelines.fraud.evaluate import auc, entity_overlap
 from assay_pipelines.fraud.fit import fit_models, refit
 from assay_pipelines.fraud.prepare import Prepared
 from assay_pipelines.fraud.report import check_reasons, fraud_report
-from assay_pipelines.fraud.train import DEFAULTS, FORM_WEIGHT, Copies
+from assay_pipelines.fraud.train import DEFAULTS, FORM_WEIGHT, Copies, train_net
 from assay_pipelines.fraud.trees import TreeRows, fit_blend, train_trees, tree_rows, with_worst_forms, worst_forms
 from assay_pipelines.options import RunOptions
 from assay_platform.config import Config
@@ -299,3 +299,12 @@ def test_reasons_that_are_made_up_fail_the_deletion_test(data: Prepared, monkeyp
 
     monkeypatch.setattr(model, "explain", shuffled)
     assert check_reasons(model, rows, generator).deletion < 0.8
+
+
+def test_where_weights_are_updated_changes_nothing(data: Prepared) -> None:
+    params = {**DEFAULTS, "width": 16, "num_experts": 4}
+    ours, theirs = (
+        train_net({**params, "update_on": place}, data.data, num_epochs=1, seed=0).net for place in ("cpu", "device")
+    )
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -83,13 +83,14 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version, num_rows=len(prepared.events)
     ) as run:
         found = _search(options, reporter, run, prepared)
-        fitted = fit_models(found.best, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
+        params = {**found.best, "update_on": options.update_on}
+        fitted = fit_models(params, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
         run.log_steps("validation.average_precision", fitted.history)
         log_routing(run, fitted.routing)
         run.log(params={"blend.net": fitted.model.parts.blend.net, "blend.trees": fitted.model.parts.blend.trees})
         model = fitted.model
         if options.refit_on_all:
-            model = refit(fitted, found.best, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
+            model = refit(fitted, params, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
         with reporter.stage("evaluate", "Score the test period"):
             probability = model.score(prepared.rows.rows.rows(as_slice(prepared.test))).probability
             metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.policy.decline_from)
@@ -146,7 +147,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         )
         learned = prepared.validation if options.refit_on_all else prepared.train
         companions = companions_of(
-            prepared, options, training=found.best, learned_until_us=int(prepared.events.time_us[learned[-1]])
+            prepared, options, training=params, learned_until_us=int(prepared.events.time_us[learned[-1]])
         )
         number, alias = register_version(
             options,

@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "numeric_embedding": "piecewise_linear",
     "num_members": 1,
     "batch_size": 1024,
+    "update_on": "device",  # see `TrainConfig`
 }
 
 
@@ -195,6 +196,7 @@ def train_net(
         num_epochs=num_epochs,
         learning_rate=float(params["learning_rate"]),
         weight_decay=float(params["weight_decay"]),
+        update_on=params.get("update_on", DEFAULTS["update_on"]),  # models of before do not say
     )
 
     def epoch_done(epoch: int, metric: float) -> None:
@@ -210,6 +212,7 @@ def train_net(
             evaluate=None if data.validation is None else partial(evaluate, data.validation),
             config=config,
             on_epoch=epoch_done,
+            units=list(net.backbone.layers),
         )
     return TrainedNet(net.cpu(), result, monitor)
 

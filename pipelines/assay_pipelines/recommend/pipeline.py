@@ -509,7 +509,8 @@ def trained(
         of_holdouts = fit_holdouts(holdouts, recipe, earliest, seed=seed, on_progress=stage.update)
         lists = make_lists(holdouts, of_holdouts, recipe, config, seed=seed)
     with reporter.stage("train", "Train the MoE ranker") as stage:
-        ranker, routing = train_ranker(lists, config, seed=seed, training=RankerTraining(), on_progress=stage.update)
+        training = RankerTraining(update_on=prepared.options.update_on)
+        ranker, routing = train_ranker(lists, config, seed=seed, training=training, on_progress=stage.update)
     rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}
     for share in _TASK_SHARES if len(config.tasks) > 1 else ():
         rankings[f"MoE and {share:g} of other tasks"] = Ranking(ranker.mixed(share), routing)

@@ -21,7 +21,7 @@ from assay_platform.models.recommender import PairRanker, RankerConfig
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
 from assay_platform.models.sources import NO_MORE, ItemPast, Sources, Wanted, Weights
 from assay_platform.monitoring.routing import RoutingMonitor
-from assay_platform.training import TrainConfig, fastest_device, fit
+from assay_platform.training import TrainConfig, UpdateOn, fastest_device, fit
 from torch import Tensor
 
 from assay_pipelines.recommend.evaluate import best_items, ndcg_at_10
@@ -164,6 +164,7 @@ class RankerTraining:
     lists_a_step: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
+    update_on: UpdateOn = "device"
 
 
 class Earliest(NamedTuple):
@@ -359,7 +360,9 @@ def train_ranker(
                 num_epochs=training.num_epochs,
                 learning_rate=training.learning_rate,
                 weight_decay=training.weight_decay,
+                update_on=training.update_on,
             ),
             on_epoch=epoch_done,
+            units=list(ranker.backbone.layers),
         )
     return ranker.cpu(), monitor

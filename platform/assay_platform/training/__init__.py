@@ -1,5 +1,5 @@
 """The single-device training loop."""
 
-from assay_platform.training.trainer import FitResult, StopTraining, TrainConfig, fastest_device, fit
+from assay_platform.training.trainer import FitResult, StopTraining, TrainConfig, UpdateOn, fastest_device, fit
 
-__all__ = ["FitResult", "StopTraining", "TrainConfig", "fastest_device", "fit"]
+__all__ = ["FitResult", "StopTraining", "TrainConfig", "UpdateOn", "fastest_device", "fit"]

@@ -166,11 +166,15 @@ class RayWorkers:
     def __init__(self, objective: Objective, data: Any, desk: Desk, *, num_slots: int) -> None:
         quiet_ray_environment()
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.num_slots = num_slots
         self._ray: Any = ray
         self._objective, self._data = ray.put(objective), ray.put(data)
-        self._desk: Any = self._ray.remote(Desk).options(num_cpus=0).remote(desk.stopping, desk.num_cores, desk.elastic)
+        # Beside the driver: what they share is lost together, and other nodes may come and go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "scheduling_strategy": here}
+        self._desk: Any = ray.remote(Desk).options(**options).remote(desk.stopping, desk.num_cores, desk.elastic)
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[int, dict[str, Any], Any, int]] = {}  # ref → trial, params, actor, restarts
 
