@@ -1,5 +1,6 @@
 """What both applications are run with, and what they report."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from assay_platform.config import Config
 from assay_platform.errors import ConfigError
 
 if TYPE_CHECKING:
-    from assay_platform.training import UpdateOn
+    from assay_platform.training import Checkpoint, UpdateOn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class RunOptions:
 
     data: name of the data set or path, as the user gave it. budget_s: seconds for the search. max_trials: an
     upper limit besides. num_held_back: newest rows that the run must not see at all (the demo replays them).
-    search_name: a search that is remembered, and gone on with where it stopped.
+    search_name: a search that is remembered, and gone on with where it stopped, as is the training after it (fraud).
     plan: features instead of those that the schema gives by itself (fraud). rules: decide before the model (fraud).
     update: the champion learns on instead of being trained anew (fraud). recalibrate: only its probabilities move.
     update_on: where the weights of nets on the backbone are updated, see `TrainConfig`.
@@ -52,6 +53,23 @@ class RunOptions:
             raise ConfigError(f"--budget is {self.budget_s}; it must be above 0 seconds")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"--seed is {self.seed}; allowed are 0 to {2**31 - 1}")
+
+    def checkpoint(self, part: str, identity: str) -> "Checkpoint | None":
+        """How far the training of a part is, in a run that has a name. identity: of data and hyperparameters."""
+        from assay_platform.training import Checkpoint
+
+        return None if self._checkpoints is None else Checkpoint(self._checkpoints / f"{part}.pt", identity)
+
+    def forget_checkpoints(self) -> None:
+        """The run is done."""
+        if self._checkpoints is not None:
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+    @property
+    def _checkpoints(self) -> Path | None:
+        return (
+            None if self.search_name is None else self.config.paths.searches / f"{self.model_name}-{self.search_name}"
+        )
 
     @property
     def feature_repository(self) -> Path:

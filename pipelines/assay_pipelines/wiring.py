@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -227,7 +228,8 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
                "--budget", str(call.budget), "--seed", str(call.seed)]  # fmt: skip
     command += ["--name", call.name] if call.name else []
     command += ["--rows", str(call.rows)] if call.rows else []
-    command += ["--search", call.search] if call.search else []
+    # A job that is lost with its node goes on where it stopped when it is submitted again.
+    command += ["--search", call.search or f"job-{uuid.uuid4().hex[:8]}"]
     command += ["--update-on", call.update_on] if call.command == "run" else []
     command += ["--json"] if call.json else []
     command += [f"--{name}" for name in ("update", "recalibrate") if getattr(call, name, False)]

@@ -11,7 +11,8 @@
         ├── RegistryError       a model, version or alias is missing or not acceptable
         │   └── GateRefusedError  a version did not pass the gate of promotion
         ├── ArtifactError       a model artifact is damaged or of another format
-        ├── ClusterError        Ray could not be started, reached, or lost the job
+        ├── ClusterError        Ray could not be started or reached, or a job failed
+        │   └── JobLostError      the node that a job ran on was lost
         └── TaskError           a dispatched task has no result
             ├── TaskLostError     its workers died, more often than it may be retried
             └── TaskLateError     it was not done by its deadline
@@ -67,6 +68,10 @@ class ArtifactError(WorkError):
 
 class ClusterError(WorkError):
     """Ray could not be started or reached, or a submitted job failed."""
+
+
+class JobLostError(ClusterError):
+    """The node that a job ran on was lost, and the job with it."""
 
 
 class TaskError(WorkError):

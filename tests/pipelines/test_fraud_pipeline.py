@@ -20,8 +20,10 @@ from assay_pipelines.fraud.trees import TreeRows, fit_blend, train_trees, tree_r
 from assay_pipelines.options import RunOptions
 from assay_platform.config import Config
 from assay_platform.models.encoding import EncodedRows
+from assay_platform.models.fraud import FraudNet
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.robustness.attacks import DescentConfig, EvolutionConfig
+from assay_platform.training import Checkpoint
 
 SCHEMA = """
 kind = "fraud"
@@ -308,3 +310,20 @@ def test_where_weights_are_updated_changes_nothing(data: Prepared) -> None:
     )
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_net_whose_training_was_killed_is_the_same_net(data: Prepared, tmp_path: Path) -> None:
+    params = {**DEFAULTS, "width": 16, "num_experts": 4}
+
+    def train(checkpoint: Checkpoint | None, killed_at: int = 0) -> FraudNet:
+        def on_epoch(epoch: int, _: float) -> None:
+            if epoch == killed_at:
+                raise KeyboardInterrupt
+
+        return train_net(params, data.data, num_epochs=3, seed=0, on_epoch=on_epoch, checkpoint=checkpoint).net
+
+    kept = Checkpoint(tmp_path / "net.pt", "this")
+    with pytest.raises(KeyboardInterrupt):
+        train(kept, killed_at=2)
+    for one, other in zip(train(kept).state_dict().values(), train(None).state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from assay_pipelines.cli import main
+from assay_platform.errors import ClusterError
+from assay_platform.tasks.jobs import submit_and_follow
 
 pytestmark = pytest.mark.ray
 
@@ -60,3 +62,35 @@ def test_what_is_not_there_is_said(ray_session: str, capsys: pytest.CaptureFixtu
 def test_a_job_that_fails_is_an_error_with_its_message(ray_session: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(ray_session, "submit", "--follow", "--", "false") == 1
     assert "ended as FAILED" in capsys.readouterr().err
+
+
+KILLED_ONCE = """\
+import pathlib, psutil, time
+marker = pathlib.Path({marker!r})
+if marker.exists():
+    print("went on")
+else:
+    marker.touch()
+    for parent in psutil.Process().parents():
+        if "JobSupervisor" in " ".join(parent.cmdline()):
+            parent.kill()
+            time.sleep(60)
+"""
+
+
+def test_a_job_that_is_lost_with_its_node_is_submitted_again(ray_session: str, tmp_path: Path) -> None:
+    (tmp_path / "once.py").write_text(KILLED_ONCE.format(marker=str(tmp_path / "marker")))
+    written: list[str] = []
+    command = [sys.executable, str(tmp_path / "once.py")]
+    submit_and_follow(ray_session, command, environment={}, working_dir=None, write=written.append)
+    text = "".join(written)
+    assert "it is submitted again" in text
+    assert "went on" in text
+
+
+def test_a_job_that_fails_by_itself_is_not(ray_session: str, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    command = ["sh", "-c", f"echo ran >> {count}; exit 3"]
+    with pytest.raises(ClusterError, match="FAILED"):
+        submit_and_follow(ray_session, command, environment={}, working_dir=None, write=lambda _: None)
+    assert count.read_text().split() == ["ran"]

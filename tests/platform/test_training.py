@@ -1,9 +1,11 @@
 """The training loop keeps the best weights and can be stopped."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from assay_platform.errors import ConfigError
-from assay_platform.training import StopTraining, TrainConfig, fit
+from assay_platform.training import Checkpoint, FitResult, StopTraining, TrainConfig, UpdateOn, fit
 from assay_platform.training.offload import OffloadedAdamW
 
 
@@ -182,3 +184,55 @@ def test_a_late_update_is_one_step_behind_and_flushed_at_the_end(device: str) ->
 def test_an_unknown_place_of_the_update_is_refused() -> None:
     with pytest.raises(ConfigError, match="update_on is 'moon'; allowed are device, cpu, cpu-late"):
         TrainConfig(update_on="moon")  # type: ignore[arg-type]
+
+
+class _KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("update_on", ["device", "cpu", "cpu-late"])
+@pytest.mark.parametrize("killed_at", [1, 2, 4])
+def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, update_on: UpdateOn, killed_at: int
+) -> None:
+    def train(checkpoint: Checkpoint | None, killed: int = 0) -> tuple[list[torch.Tensor], FitResult]:
+        torch.manual_seed(3)
+        generator = torch.Generator().manual_seed(4)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+        rows = torch.randn(32, 4)
+
+        def on_epoch(epoch: int, _: float) -> None:
+            if epoch == killed:
+                raise _KilledError
+
+        result = fit(
+            net,
+            batches=lambda _: torch.randperm(32, generator=generator).split(8),
+            num_batches=4,
+            loss=lambda part: (net(rows[part]) - rows[part].sum(1, keepdim=True)).square().mean(),
+            evaluate=lambda: -(net(rows) - rows.sum(1, keepdim=True)).square().mean().item(),
+            config=TrainConfig(num_epochs=5, learning_rate=0.05, update_on=update_on),
+            on_epoch=on_epoch,
+            checkpoint=checkpoint,
+            generators=[generator],
+        )
+        return [weight.detach().clone() for weight in net.parameters()], result
+
+    path = tmp_path / "net.pt"
+    with pytest.raises(_KilledError):
+        train(Checkpoint(path, "this"), killed_at)
+    whole, expected = train(None)
+    for identity in ("this", "this", "another"):  # again when it was done; and one that is none of ours
+        resumed, result = train(Checkpoint(path, identity))
+        assert result == expected
+        for one, other in zip(resumed, whole, strict=True):
+            # Late updates are flushed where a checkpoint is made, which is after each epoch in both.
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a checkpoint"])
+def test_a_damaged_checkpoint_is_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "net.pt"
+    path.write_bytes(content)
+    assert Checkpoint(path, "this").load() is None
+    assert Checkpoint(tmp_path / "absent", "this").load() is None

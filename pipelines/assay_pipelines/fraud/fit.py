@@ -16,7 +16,7 @@ from assay_platform.models.trees import TreeEnsemble
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tasks.local import local_dispatcher
 from assay_platform.tasks.task import Kind, Needs, Place, Task
-from assay_platform.training import StopTraining
+from assay_platform.training import Checkpoint, StopTraining
 
 from assay_pipelines.console import Reporter, Stage
 from assay_pipelines.fraud.adversary import Adversary, Robustness
@@ -65,12 +65,19 @@ class FittedModels(NamedTuple):
 
 
 def fit_models(
-    params: Mapping[str, Any], prepared: Prepared, reporter: Reporter, *, seed: int, tasks: Path | None = None
+    params: Mapping[str, Any],
+    prepared: Prepared,
+    reporter: Reporter,
+    *,
+    seed: int,
+    tasks: Path | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> FittedModels:
     """Net and trees on the training rows; blended, calibrated and thresholded on the validation rows.
 
     Where the schema says what senders can change, both are trained on other forms of the frauds too, and the validation
     frauds are attacked. Net and trees are trained at once where there is a GPU. tasks: see `local_dispatcher`.
+    checkpoint: of the net.
     """
     held = prepared.rows.take(as_slice(prepared.validation))
     labels = prepared.labels[prepared.validation]
@@ -84,7 +91,7 @@ def fit_models(
     num_epochs = num_final_epochs(params, len(data.train))
     with reporter.stage("train", "Train the MoE net and the trees") as stage, local_dispatcher(tasks) as dispatcher:
         told = _Told(stage, 2)
-        net_to_come = dispatcher.submit(_net_task(params, data, num_epochs, seed, told))
+        net_to_come = dispatcher.submit(_net_task(params, data, num_epochs, seed, told, checkpoint))
         trees_to_come = dispatcher.submit(_trees_task(told, rows, seed=seed, held=(numbers, labels), shape=shape))
         (net, fitted, routing), trees = net_to_come.result(), trees_to_come.result()
     with reporter.stage("train", "Blend and calibrate") as stage:
@@ -116,6 +123,7 @@ def refit(
     *,
     seed: int,
     tasks: Path | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> FraudModel:
     """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen.
 
@@ -130,7 +138,7 @@ def refit(
         told = _Told(stage, bool(parts.blend.net) + bool(parts.blend.trees))
         net_to_come = trees_to_come = None
         if parts.blend.net:
-            net_to_come = dispatcher.submit(_net_task(params, data, fitted.best_epoch, seed, told))
+            net_to_come = dispatcher.submit(_net_task(params, data, fitted.best_epoch, seed, told, checkpoint))
         if parts.blend.trees:
             assert trees is not None
             task = _trees_task(told, rows, seed=seed, num_trees=refit_size(trees), shape=fitted.shape)
@@ -155,7 +163,9 @@ class _Told:
         )
 
 
-def _net_task(params: Mapping[str, Any], data: FraudData, num_epochs: int, seed: int, told: _Told) -> Task[TrainedNet]:
+def _net_task(
+    params: Mapping[str, Any], data: FraudData, num_epochs: int, seed: int, told: _Told, checkpoint: Checkpoint | None
+) -> Task[TrainedNet]:
     def work(place: Place) -> TrainedNet:
         def on_epoch(epoch: int, metric: float) -> None:
             if place.ending():
@@ -164,7 +174,13 @@ def _net_task(params: Mapping[str, Any], data: FraudData, num_epochs: int, seed:
             told.update("net", epoch / num_epochs, reached)
 
         trained = train_net(
-            params, data, num_epochs=num_epochs, seed=seed, on_epoch=on_epoch, device=torch.device(place.device)
+            params,
+            data,
+            num_epochs=num_epochs,
+            seed=seed,
+            on_epoch=on_epoch,
+            device=torch.device(place.device),
+            checkpoint=checkpoint,
         )
         told.update("net", 1.0, f"epoch {trained.fitted.best_epoch} of {num_epochs}")
         return trained

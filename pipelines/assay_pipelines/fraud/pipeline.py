@@ -84,13 +84,17 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     ) as run:
         found = _search(options, reporter, run, prepared)
         params = {**found.best, "update_on": options.update_on}
-        fitted = fit_models(params, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
+        identity = f"{fingerprint}:{prepared.plan.version}:{options.seed}:{sorted(params.items())}"
+        seed, tasks = options.seed, options.config.paths.tasks
+        checkpoint = options.checkpoint("train", identity)
+        fitted = fit_models(params, prepared, reporter, seed=seed, tasks=tasks, checkpoint=checkpoint)
         run.log_steps("validation.average_precision", fitted.history)
         log_routing(run, fitted.routing)
         run.log(params={"blend.net": fitted.model.parts.blend.net, "blend.trees": fitted.model.parts.blend.trees})
         model = fitted.model
         if options.refit_on_all:
-            model = refit(fitted, params, prepared, reporter, seed=options.seed, tasks=options.config.paths.tasks)
+            checkpoint = options.checkpoint("refit", identity)
+            model = refit(fitted, params, prepared, reporter, seed=seed, tasks=tasks, checkpoint=checkpoint)
         with reporter.stage("evaluate", "Score the test period"):
             probability = model.score(prepared.rows.rows.rows(as_slice(prepared.test))).probability
             metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.policy.decline_from)
@@ -160,6 +164,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             metrics={**metrics, "validation_ece": fitted.validation_ece, "num_parameters": model.num_parameters},
             baselines=baselines,
         )
+    options.forget_checkpoints()
     return RunReport(
         application="fraud",
         data=options.data,

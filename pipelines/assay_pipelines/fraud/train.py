@@ -12,7 +12,7 @@ from assay_platform.models.encoding import EncodedRows, TabularEncoder, typical_
 from assay_platform.models.fraud import FraudModel, FraudModelParts, FraudNet, FraudNetConfig
 from assay_platform.moe import BackboneConfig
 from assay_platform.monitoring.routing import RoutingMonitor
-from assay_platform.training import FitResult, TrainConfig, fastest_device, fit
+from assay_platform.training import Checkpoint, FitResult, TrainConfig, fastest_device, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
 from torch import Tensor
@@ -153,10 +153,12 @@ def train_net(
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
     device: torch.device | None = None,
     start: FraudNet | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainedNet:
     """Train from scratch, or on from a net; the same seed gives the same weights on the same machine.
 
     start: is left as it is. device: a GPU by default where there is one. The net that comes back is on the CPU.
+    checkpoint: a training that was killed goes on; its routing report begins there.
     """
     torch.manual_seed(seed)
     device = device or fastest_device()
@@ -213,6 +215,8 @@ def train_net(
             config=config,
             on_epoch=epoch_done,
             units=list(net.backbone.layers),
+            checkpoint=checkpoint,
+            generators=[generator],
         )
     return TrainedNet(net.cpu(), result, monitor)
 

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from assay_platform.errors import ClusterError
+from assay_platform.errors import ClusterError, JobLostError
 from assay_platform.tasks.cluster import quiet_ray_environment
 
 _READY_S = 120.0
+_MAX_RESUBMITTED = 2
+# What Ray says where the command ran to an end that was none of Ray's.
+_COMMAND_FAILED = "entrypoint command failed"
 
 
 class Job(NamedTuple):
@@ -92,6 +95,7 @@ class Jobs:
         """Pass its log on as it grows, until it succeeded.
 
         Raises:
+            JobLostError: the node that it ran on was lost.
             ClusterError: it failed or was stopped.
         """
 
@@ -103,7 +107,9 @@ class Jobs:
             asyncio.run(tail())
         job = self.one(job_id)
         if job.state != "SUCCEEDED":
-            raise ClusterError(f"job {job_id} on {self._address} ended as {job.state}: {job.message}")
+            lost = job.state == "FAILED" and _COMMAND_FAILED not in job.message
+            error = JobLostError if lost else ClusterError
+            raise error(f"job {job_id} on {self._address} ended as {job.state}: {job.message}")
 
     def cancel(self, job_id: str) -> bool:
         """Stop a job; False where it had ended."""
@@ -129,18 +135,25 @@ def submit_and_follow(
 ) -> str:
     """Run `command` on the cluster and pass its log on as it grows; returns the job's id when it succeeded.
 
-    Ctrl-C stops the job on the cluster too.
+    Ctrl-C stops the job on the cluster too. A job whose node is lost is submitted again, twice at most.
 
     Raises:
         ClusterError: the cluster cannot be reached, or the job failed or was stopped.
     """
     jobs = Jobs(address)
-    job_id = jobs.submit(command, environment=environment, working_dir=working_dir)
-    try:
-        jobs.follow(job_id, write)
-    except KeyboardInterrupt:
-        jobs.cancel(job_id)
-        raise
+    for again in range(_MAX_RESUBMITTED, -1, -1):
+        job_id = jobs.submit(command, environment=environment, working_dir=working_dir)
+        try:
+            jobs.follow(job_id, write)
+        except KeyboardInterrupt:
+            jobs.cancel(job_id)
+            raise
+        except JobLostError as error:
+            if not again:
+                raise
+            write(f"{error}; it is submitted again\n")
+        else:
+            break
     return job_id
 
 

@@ -101,6 +101,21 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 part.updated.set()  # what is waited for is the step before
         self._arrived(self._rest)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of a flushed one."""
+        hosts = [[h.mean, h.square, h.step] for part in self._parts for h in part.host.values()]
+        return {"hosts": hosts, "lr": [group["lr"] for group in self.param_groups]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Beside the weights that belong to it, which have to be there already."""
+        hosts = [(weight, host) for part in self._parts for weight, host in part.host.items()]
+        for (weight, host), (mean, square, step) in zip(hosts, state_dict["hosts"], strict=True):
+            host.weight.copy_(weight.detach())
+            for kept, loaded in ((host.mean, mean), (host.square, square), (host.step, step)):
+                kept.copy_(loaded)
+        for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
+            group["lr"] = lr
+
     def flush(self) -> None:
         """Wait until the weights are those after the last step."""
         if self._update is None:

@@ -7,13 +7,14 @@ have an `after_step` method, which is called after every optimizer step.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from assay_platform.errors import ConfigError
+from assay_platform.training.checkpoint import Checkpoint
 from assay_platform.training.offload import OffloadedAdamW
 
 Batch = TypeVar("Batch")
@@ -105,10 +106,6 @@ def _optimizer(trained: list[nn.Parameter], config: TrainConfig, units: Sequence
     return OffloadedAdamW(groups, lr=rate, weight_decay=decay, late=config.update_on == "cpu-late", units=units)
 
 
-def _copy(value: Tensor, config: TrainConfig) -> Tensor:
-    return value.clone() if config.update_on == "device" else value.to("cpu", copy=True)
-
-
 def fit(
     module: nn.Module,
     *,
@@ -119,58 +116,98 @@ def fit(
     config: TrainConfig,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
     units: Sequence[nn.Module] = (),
+    checkpoint: Checkpoint | None = None,
+    generators: Sequence[torch.Generator] = (),
 ) -> FitResult:
     """Train `module` in place and leave it with its best weights.
 
     batches: epoch → batches. num_batches: how many of them an epoch has, for the schedule. evaluate: validation
     metric, higher is better; without one the last weights stay and the metric is the epoch's number. on_epoch:
     called with (epoch from 1, metric); may raise StopTraining. units: see `OffloadedAdamW`.
+    checkpoint: goes on where an earlier call stopped. generators: that batches are drawn with; torch's own is kept too.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(trained, config, units)
-    flush = optimizer.flush if isinstance(optimizer, OffloadedAdamW) else lambda: None
     isolatings = [m for m in module.modules() if isinstance(m, IsolatesGradients)]
     followers = [m for m in module.modules() if isinstance(m, FollowsSteps)]
     num_steps = config.num_epochs * num_batches
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _learning_rate_scale(step, num_steps, config.warmup_fraction)
     )
-    best_metric, best_epoch, history = -math.inf, 0, []
-    best_state: dict[str, Any] = {}
-    step = 0
-    for epoch in range(1, config.num_epochs + 1):
+
+    def step(batch: Batch, number: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(batch).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(trained, config.clip_norm)
+        if number < config.isolated_fraction * num_steps:
+            for isolating in isolatings:
+                isolating.drop_unchosen_gradients()
+        else:
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        schedule.step()
+        for follower in followers:
+            follower.after_step()
+
+    all_generators = [torch.default_generator, *_of_gpus(trained), *generators]
+    reached = _Reached()
+    if checkpoint is not None and (kept := checkpoint.load()) is not None:
+        reached = _Reached(**kept["reached"])
+        for part, name in ((module, "module"), (optimizer, "optimizer"), (schedule, "schedule")):
+            part.load_state_dict(kept[name])
+        for generator, state in zip(all_generators, kept["generators"], strict=True):
+            generator.set_state(state)
+    for epoch in range(len(reached.history) + 1, config.num_epochs + 1):
+        if len(reached.history) - reached.epoch >= config.patience:
+            break
         module.train()
         for batch in batches(epoch):
-            optimizer.zero_grad(set_to_none=True)
-            loss(batch).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(trained, config.clip_norm)
-            if step < config.isolated_fraction * num_steps:
-                for isolating in isolatings:
-                    isolating.drop_unchosen_gradients()
-            else:
-                for parameter in trained:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            schedule.step()
-            for follower in followers:
-                follower.after_step()
-            step += 1
-        flush()
+            step(batch, reached.num_steps)
+            reached.num_steps += 1
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.flush()
         module.eval()
         metric = float(epoch) if evaluate is None else evaluate()
-        metric = -math.inf if math.isnan(metric) else metric  # or nothing later could be better
-        history.append(metric)
-        if metric > best_metric or not best_state:
-            best_metric, best_epoch = metric, epoch
-            best_state = {name: _copy(value, config) for name, value in module.state_dict().items()}
+        reached.add(metric, module, config)
+        if checkpoint is not None:
+            parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "schedule": schedule}
+            states = {name: part.state_dict() for name, part in parts.items()}
+            drawn = [generator.get_state() for generator in all_generators]
+            checkpoint.save({**states, "reached": vars(reached), "generators": drawn})
         try:
-            on_epoch(epoch, metric)
+            on_epoch(epoch, reached.history[-1])
         except StopTraining:
-            break
-        if epoch - best_epoch >= config.patience:
             break
     if isinstance(optimizer, OffloadedAdamW):
         optimizer.close()
-    module.load_state_dict(best_state)
-    return FitResult(best_metric, best_epoch, history)
+    module.load_state_dict(reached.best_state)
+    return FitResult(reached.metric, reached.epoch, reached.history)
+
+
+@dataclass
+class _Reached:
+    """How far a training is, and the best of it."""
+
+    num_steps: int = 0
+    history: list[float] = field(default_factory=list)
+    metric: float = -math.inf
+    epoch: int = 0
+    best_state: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, metric: float, module: nn.Module, config: TrainConfig) -> None:
+        metric = -math.inf if math.isnan(metric) else metric  # or nothing later could be better
+        self.history.append(metric)
+        if metric > self.metric or not self.best_state:
+            self.metric, self.epoch = metric, len(self.history)
+            on_device = config.update_on == "device"
+            self.best_state = {
+                name: value.clone() if on_device else value.to("cpu", copy=True)
+                for name, value in module.state_dict().items()
+            }
+
+
+def _of_gpus(weights: Sequence[Tensor]) -> list[torch.Generator]:
+    numbers = sorted({weight.device.index for weight in weights if weight.is_cuda})
+    return [torch.cuda.default_generators[number] for number in numbers]
