@@ -60,6 +60,7 @@ def optimizer_of(way: str, net: Backbone) -> Iterator[Any]:
             [{"params": list(net.parameters())}], **HOW, late=way.endswith("late"), units=list(net.layers)
         )
         yield optimizer
+        optimizer.flush()
         optimizer.close()
 
 

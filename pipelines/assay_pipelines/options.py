@@ -1,7 +1,9 @@
 """What both applications are run with, and what they report."""
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from assay_features.rules import Rule
 from assay_features.schema import Schema
 from assay_platform.config import Config
 from assay_platform.errors import ConfigError
+from assay_platform.storage import write_json
 
 if TYPE_CHECKING:
     from assay_platform.training import Checkpoint, UpdateOn
@@ -59,6 +62,20 @@ class RunOptions:
         from assay_platform.training import Checkpoint
 
         return None if self._checkpoints is None else Checkpoint(self._checkpoints / f"{part}.pt", identity)
+
+    def searched(self, identity: str, search: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a search finds, or found before a run of this name was cut off. identity: of data and seed."""
+        if self._checkpoints is None:
+            return search()
+        path = self._checkpoints / "search.json"
+        with suppress(OSError, ValueError, KeyError):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["identity"] == identity:
+                best: dict[str, Any] = kept["best"]
+                return best
+        found = search()
+        write_json(path, {"identity": identity, "best": found})
+        return found
 
     def forget_checkpoints(self) -> None:
         """The run is done."""

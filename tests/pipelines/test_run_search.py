@@ -77,3 +77,18 @@ def test_a_named_search_goes_on_where_it_stopped(options: RunOptions, ray_sessio
     more, _ = searched(replace(named, max_trials=5))
     assert [trial.params for trial in more.trials[:3]] == [trial.params for trial in first.trials]
     assert len(more.trials) == 5
+
+
+def test_a_run_of_a_name_searches_once_until_it_is_done(options: RunOptions) -> None:
+    searches: list[int] = []
+
+    def search() -> dict[str, Any]:
+        searches.append(1)
+        return {"width": 64 + len(searches)}
+
+    assert [options.searched("this", search)["width"] for _ in range(2)] == [65, 66]  # it has no name
+    named = replace(options, search_name="night")
+    assert [named.searched("this", search)["width"] for _ in range(2)] == [67, 67]
+    assert named.searched("other data", search)["width"] == 68
+    named.forget_checkpoints()
+    assert named.searched("other data", search)["width"] == 69

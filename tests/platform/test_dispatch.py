@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from assay_platform.tasks.beat import Beat, BeatFile, read_beats
 from assay_platform.tasks.costs import Costs
 from assay_platform.tasks.dispatch import Dispatcher
 from assay_platform.tasks.local import local_dispatcher
+from assay_platform.tasks.placement import StaticRule
+from assay_platform.tasks.rooms import Capacity
 from assay_platform.tasks.task import Device, Kind, Needs, Place, Task
 from assay_platform.tasks.workers import RayWorkers, ThreadWorkers, Workers
 
@@ -356,3 +359,127 @@ def test_prometheus_shows_what_dispatchers_do(tmp_path: Path) -> None:
     assert b"assay_tasks_running{" not in metrics.render()
     (kept,) = (tmp_path / "tasks" / "costs").iterdir()
     assert Costs.load(kept).seconds("windows", Device.CPU, 1.0) is not None
+
+
+def leave(place: Place, code: int) -> None:
+    del place
+    sys.exit(code)
+
+
+def test_a_task_that_exits_ends_itself_alone(dispatcher: Dispatcher) -> None:
+    with pytest.raises(TaskError, match="SystemExit: 3"):
+        dispatcher.submit(task(leave, 3)).result(WAIT_S)
+    assert dispatcher.submit(task(square, 2, cpu=Needs(cores=2))).result(WAIT_S) == 4
+
+
+def test_a_callback_may_submit_although_too_many_wait(make: Make, tmp_path: Path) -> None:
+    go, followed = tmp_path / "go", list[Any]()
+    with Dispatcher(make(), max_waiting=1) as dispatcher:
+        whole = Needs(cores=2)
+        held = dispatcher.submit(task(wait_for, str(go), cpu=whole))
+        held.add_done_callback(lambda _: followed.append(dispatcher.submit(task(square, 3))))
+        until(held.running)
+        waiting = dispatcher.submit(task(square, 2, cpu=whole))
+        go.touch()
+        assert waiting.result(WAIT_S) == 4
+    assert followed[0].result(0) == 9  # leaving the block waits for it too
+
+
+def test_a_slow_callback_still_finds_the_dispatcher_open(make: Make) -> None:
+    followed: list[Any] = []
+
+    def follow(done: Any) -> None:
+        time.sleep(0.2)
+        followed.append(dispatcher.submit(task(square, done.result())))
+
+    with Dispatcher(make()) as dispatcher:
+        dispatcher.submit(task(square, 2)).add_done_callback(follow)
+    assert followed[0].result(0) == 16
+
+
+def test_a_cancelled_key_is_free_at_once_and_for_the_next_alone(dispatcher: Dispatcher, tmp_path: Path) -> None:
+    go, again = tmp_path / "go", list[Any]()
+    held = dispatcher.submit(task(wait_for, str(go), cpu=Needs(cores=2)))
+    first = dispatcher.submit(task(square, 2, key="k"))
+    first.add_done_callback(lambda _: again.append(dispatcher.submit(task(square, 3, key="k"))))
+    first.cancel()
+    assert dispatcher.submit(task(square, 4, key="k")) is again[0]
+    go.touch()
+    assert again[0].result(WAIT_S) == 9
+    assert held.result(WAIT_S)
+
+
+def test_futures_that_cancel_one_another_do_not_wait_for_one_another(make: Make) -> None:
+    with Dispatcher(make()) as dispatcher:
+        for _ in range(20):
+            futures = [dispatcher.submit(task(square, x)) for x in range(4)]
+            for future in futures:
+                future.add_done_callback(lambda _, futures=futures: [other.cancel() for other in futures])
+            futures[-1].cancel()
+            assert all(future.done() or future.cancel() for future in futures)
+
+
+def test_an_endless_deadline_is_none(dispatcher: Dispatcher) -> None:
+    assert dispatcher.submit(task(square, 2, deadline_s=float("inf"))).result(WAIT_S) == 4
+    assert dispatcher.submit(task(square, 2, deadline_s=1e12)).result(WAIT_S) == 4
+
+
+class Shrinking(ThreadWorkers):
+    """Machines that go."""
+
+    there: Capacity | None = Capacity(2, 1, 2, 1)
+
+    def capacity(self) -> Capacity:
+        if self.there is None:
+            raise ConnectionError("nobody answers")
+        return self.there
+
+
+def test_machines_that_go_stop_only_what_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assay_platform.tasks.dispatch._CAPACITY_S", 0.05)
+    workers, go = Shrinking(num_cores=2, num_gpus=1), tmp_path / "go"
+    on_gpu = Needs(cores=0, gpus=1)
+    dispatcher = Dispatcher(workers)
+    held = dispatcher.submit(task(wait_for, str(go), cpu=None, gpu=on_gpu))
+    big = dispatcher.submit(task(wait_for, str(go), cpu=Needs(cores=2)))
+    until(lambda: held.running() and big.running())
+    waiting = [
+        dispatcher.submit(task(length, [], cpu=None, gpu=on_gpu)),
+        dispatcher.submit(task(square, 1, cpu=Needs(cores=2))),
+    ]
+    workers.there = None
+    time.sleep(0.2)
+    workers.there = Capacity(1, 0, 1, 0)
+    until(lambda: dispatcher.now().total == {Device.CPU: 1, Device.GPU: 0})
+    go.touch()
+    assert dispatcher.submit(task(square, 3)).result(WAIT_S) == 9  # neither is in its way
+    assert not any(future.done() for future in waiting)
+    workers.there = Capacity(2, 1, 2, 1)
+    assert [future.result(WAIT_S) for future in waiting] == [0, 1]
+    dispatcher.close()
+
+
+def busy(place: Place) -> str:
+    time.sleep(0.03)
+    return place.device
+
+
+def test_a_gpu_task_gets_the_cores_that_it_waits_for() -> None:
+    with Dispatcher(ThreadWorkers(num_cores=2, num_gpus=1)) as dispatcher:
+        small = [dispatcher.submit(task(busy)) for _ in range(60)]
+        time.sleep(0.05)
+        both = dispatcher.submit(task(busy, cpu=None, gpu=Needs(cores=2, gpus=1)))
+        assert both.result(WAIT_S) == "cuda:0"
+        assert not all(future.done() for future in small)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_placement_that_fails_ends_all_that_wait() -> None:
+    class Broken(StaticRule):
+        def pick(self, *_: object) -> None:
+            raise ZeroDivisionError
+
+    dispatcher = Dispatcher(ThreadWorkers(num_cores=1), Broken())
+    with pytest.raises(TaskError, match="the dispatcher failed: ZeroDivisionError"):
+        dispatcher.submit(task(square, 1)).result(WAIT_S)
+    dispatcher.close()

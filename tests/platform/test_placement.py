@@ -145,6 +145,16 @@ def test_priority_goes_before_cost_and_what_waited_long_before_what_fits_better(
     assert placement.pick(CPU, queues(*aged), 61.0, {CPU: Load(2, 0.0), GPU: Load(1, 50.0)}) == aged[0]
 
 
+def test_what_the_other_device_is_better_for_is_in_nobodys_way() -> None:
+    placement = known(net=(1000.0, 100.0), trees=(1.0, 2.0))
+    loads = {CPU: Load(2, 0.0), GPU: Load(1, 50.0)}
+    trees = work(2, "trees")._replace(needs={CPU: (Needs(),)})
+    urgent = work(1, "net", priority=1)
+    for now_s, first in ((0.0, work(1, "net")), (61.0, work(1, "net")), (0.0, urgent)):
+        assert placement.pick(CPU, queues(first, trees), now_s, loads) == trees
+        assert placement.pick(GPU, queues(first, trees), now_s, loads) == first
+
+
 def test_a_static_rule_keeps_the_order_and_can_put_all_on_one_device() -> None:
     waiting = [work(1, kind=Kind.FEATURE), work(2), work(3, kind=Kind.FEATURE, priority=2)]
     assert StaticRule().pick(CPU, queues(*waiting), 0.0, IDLE) == waiting[2]

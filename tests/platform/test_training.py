@@ -173,6 +173,7 @@ def test_a_late_update_is_one_step_behind_and_flushed_at_the_end(device: str) ->
             net(torch.ones(2, 3, device=device)).square().sum().backward()
             optimizer.step()
         if isinstance(optimizer, OffloadedAdamW):
+            optimizer.flush()
             optimizer.close()
             return [weight.detach().cpu() for weight in held]
         return [weight.cpu() for weight in optimizer.newest]
@@ -236,3 +237,22 @@ def test_a_damaged_checkpoint_is_none(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert Checkpoint(path, "this").load() is None
     assert Checkpoint(tmp_path / "absent", "this").load() is None
+
+
+def test_a_checkpoint_of_another_form_is_none(tmp_path: Path) -> None:
+    def train(width: int, generators: int, num_epochs: int = 2) -> FitResult:
+        torch.manual_seed(0)
+        net = torch.nn.Linear(width, 1)
+        return fit(
+            net,
+            batches=lambda _: [torch.ones(4, width)],
+            num_batches=1,
+            loss=lambda x: net(x).square().mean(),
+            evaluate=None,
+            config=TrainConfig(num_epochs=num_epochs),
+            checkpoint=Checkpoint(tmp_path / "net.pt", "same"),
+            generators=[torch.Generator()] * generators,
+        )
+
+    assert all(len(train(*form).history) == 2 for form in ((2, 0), (3, 0), (3, 2), (3, 0)))
+    assert len(train(3, 0, num_epochs=5).history) == 5

@@ -1,7 +1,9 @@
 """From prepared rows to a model: net and trees, their blend, calibration, thresholds, an attack; then the refit."""
 
 import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +95,7 @@ def fit_models(
         told = _Told(stage, 2)
         net_to_come = dispatcher.submit(_net_task(params, data, num_epochs, seed, told, checkpoint))
         trees_to_come = dispatcher.submit(_trees_task(told, rows, seed=seed, held=(numbers, labels), shape=shape))
+        _until_one_fails(net_to_come, trees_to_come)
         (net, fitted, routing), trees = net_to_come.result(), trees_to_come.result()
     with reporter.stage("train", "Blend and calibrate") as stage:
         blend = fit_blend(net_logits(net, held.rows), trees.logits(numbers), labels)
@@ -143,6 +146,7 @@ def refit(
             assert trees is not None
             task = _trees_task(told, rows, seed=seed, num_trees=refit_size(trees), shape=fitted.shape)
             trees_to_come = dispatcher.submit(task)
+        _until_one_fails(*(future for future in (net_to_come, trees_to_come) if future is not None))
         net = net if net_to_come is None else net_to_come.result().net
         trees = trees if trees_to_come is None else trees_to_come.result()
     return fitted.model.changed(net=net, trees=trees)
@@ -154,13 +158,21 @@ class _Told:
     def __init__(self, stage: Stage, num: int) -> None:
         self._stage, self._num = stage, num
         self._parts: dict[str, tuple[float, str]] = {}
+        self._lock = threading.Lock()
 
     def update(self, part: str, done: float, note: str) -> None:
-        self._parts[part] = (done, note)
-        self._stage.update(
-            sum(done for done, _ in self._parts.values()) / self._num,
-            ", ".join(f"{part}: {note}" for part, (_, note) in self._parts.items()),
-        )
+        with self._lock:
+            self._parts[part] = (done, note)
+            self._stage.update(
+                sum(done for done, _ in self._parts.values()) / self._num,
+                ", ".join(f"{part}: {note}" for part, (_, note) in self._parts.items()),
+            )
+
+
+def _until_one_fails(*futures: Future[Any]) -> None:
+    """Or until all are there."""
+    for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+        future.result()
 
 
 def _net_task(
@@ -182,7 +194,8 @@ def _net_task(
             device=torch.device(place.device),
             checkpoint=checkpoint,
         )
-        told.update("net", 1.0, f"epoch {trained.fitted.best_epoch} of {num_epochs}")
+        reached = "" if data.validation is None else f"validation AP {trained.fitted.best_metric:.3f} at "
+        told.update("net", 1.0, f"{reached}epoch {trained.fitted.best_epoch}")
         return trained
 
     return Task(

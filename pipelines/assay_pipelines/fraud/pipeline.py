@@ -82,9 +82,10 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     with tracked_run(
         options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version, num_rows=len(prepared.events)
     ) as run:
-        found = _search(options, reporter, run, prepared)
-        params = {**found.best, "update_on": options.update_on}
-        identity = f"{fingerprint}:{prepared.plan.version}:{options.seed}:{sorted(params.items())}"
+        identity = f"{fingerprint}:{prepared.plan.version}:{options.seed}"
+        best = options.searched(identity, lambda: _search(options, reporter, run, prepared).best)
+        params = {**best, "update_on": options.update_on}
+        identity = f"{identity}:{sorted(params.items())}"
         seed, tasks = options.seed, options.config.paths.tasks
         checkpoint = options.checkpoint("train", identity)
         fitted = fit_models(params, prepared, reporter, seed=seed, tasks=tasks, checkpoint=checkpoint)

@@ -330,8 +330,8 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
     with tracked_run(
         options, reporter, fingerprint=fingerprint, plan_version=prepared.plan.version, num_rows=prepared.num_rows
     ) as run:
-        found = _search(options, reporter, run, prepared)
-        chosen = choose_recipe(prepared, found.best, reporter, seed=options.seed)
+        best_graph = options.searched(fingerprint, lambda: _search(options, reporter, run, prepared).best)
+        chosen = choose_recipe(prepared, best_graph, reporter, seed=options.seed)
         recipe = chosen.recipe
         fitted = trained(prepared, prepared.parts.fit, prepared.fit, recipe, reporter, chosen)
         with reporter.stage("evaluate", "Choose on validation") as stage:
@@ -415,6 +415,7 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
             metrics={**metrics, "num_parameters": model.num_parameters},
             baselines=baselines,
         )
+    options.forget_checkpoints()
     return RunReport(
         application="recommend",
         data=options.data,

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
@@ -130,7 +131,7 @@ class Dispatcher:
         self._by_key: OrderedDict[str, TaskFuture[Any]] = OrderedDict()
         self._done: Counter[Done] = Counter()
         self._seconds: defaultdict[tuple[str, Device], float] = defaultdict(float)
-        self._number, self._closed = 0, False
+        self._number, self._closed, self._settling, self._shrunk = 0, False, 0, False
         self._next_beat_s = self._next_capacity_s = clock() + _BEAT_S
         self._thread = threading.Thread(target=self._place, name="dispatcher", daemon=True)
         self._thread.start()
@@ -168,14 +169,18 @@ class Dispatcher:
             needs = self._possible(tasks)
             if not needs:
                 raise ConfigError(f"task {name} needs {_wanted(tasks)}; there are {_there(self._rooms)}")
-            if first.key and (known := self._by_key.get(first.key)) is not None:
+            if (known := self._known(first.key)) is not None:
                 return known
-            room = self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._max_waiting, timeout_s)
+            # What the dispatcher's own thread submits, in a callback of a future, would wait for itself.
+            own = threading.current_thread() is self._thread
+            room = self._changed.wait_for(
+                lambda: self._closed or own or len(self._waiting) < self._max_waiting, timeout_s
+            )
             if self._closed:
                 raise TaskError(f"task {name} came after the dispatcher was closed")
             if not room:
                 raise TaskError(f"task {name} was not taken within {timeout_s:g} s: {self._max_waiting} others wait")
-            if first.key and (known := self._by_key.get(first.key)) is not None:
+            if (known := self._known(first.key)) is not None:
                 return known
             number = self._number = self._number + 1
             now = self._clock()
@@ -186,10 +191,14 @@ class Dispatcher:
             self._waiting.add(unit)
             if first.key:
                 self._by_key[first.key] = future
-            if first.deadline_s is not None:
+            if due < threading.TIMEOUT_MAX:
                 heapq.heappush(self._due, (due, number))
             self._changed.notify_all()
         return future
+
+    def _known(self, key: str) -> TaskFuture[Any] | None:
+        known = self._by_key.get(key) if key else None
+        return None if known is None or known.cancelled() else known
 
     def _possible(self, tasks: Sequence[Task[Any]]) -> dict[Device, tuple[Needs, ...]]:
         found = {}
@@ -212,7 +221,8 @@ class Dispatcher:
         if not unit.key:
             return
         if outcome != "done":
-            self._by_key.pop(unit.key, None)
+            if self._by_key.get(unit.key) is unit.future:  # or it is somebody else's by now
+                del self._by_key[unit.key]
         elif len(self._by_key) > _REMEMBERED_KEYS:
             for key in [key for key, future in self._by_key.items() if future.done()][: _REMEMBERED_KEYS // 10]:
                 del self._by_key[key]
@@ -243,7 +253,7 @@ class Dispatcher:
         try:
             if kind is None:
                 with self._changed:
-                    self._changed.wait_for(lambda: not self._waiting and not self._running)
+                    self._changed.wait_for(lambda: not (self._waiting or self._running or self._settling))
         finally:
             self.close()
 
@@ -261,6 +271,20 @@ class Dispatcher:
     # What follows runs in the dispatcher's own thread.
 
     def _place(self) -> None:
+        try:
+            self._place_until_closed()
+        except BaseException as error:
+            # A bug of ours or of a placement. Nobody may wait for what will never come.
+            with self._changed:
+                self._closed = True
+                units = [*self._waiting, *self._running.values()]
+                self._changed.notify_all()
+            for unit in units:
+                unit.end()
+                unit.future.settle(None, TaskError(f"the dispatcher failed: {type(error).__name__}: {error}"))
+            raise
+
+    def _place_until_closed(self) -> None:
         while True:
             with self._changed:
                 while not self._ended and not self._closed and not self._timed():
@@ -271,6 +295,7 @@ class Dispatcher:
                 self._ended.clear()
                 finished = [(unit, *self._over(unit, outcomes, at)) for unit, outcomes, at in ended]
                 late = self._late()
+                self._settling = len(finished) + len(late)
                 beat = self._now() if self._beat is not None and self._clock() >= self._next_beat_s else None
                 if beat is not None:
                     self._next_beat_s = self._clock() + _BEAT_S
@@ -283,6 +308,9 @@ class Dispatcher:
             for unit in late:
                 given = unit.tasks[0].deadline_s
                 unit.future.settle(None, TaskLateError(f"task {unit.work.name} was not done within {given:g} s"))
+            with self._changed:
+                self._settling = 0
+                self._changed.notify_all()
             if beat is not None and self._beat is not None:
                 self._beat(beat)
             if closed:
@@ -299,20 +327,29 @@ class Dispatcher:
             times.append(self._next_beat_s)
         if self._waiting:
             times.append(self._clock() + _CAPACITY_S)
-        return max(0.0, min(times) - self._clock()) if times else None
+        return min(max(0.0, min(times) - self._clock()), threading.TIMEOUT_MAX) if times else None
 
     def _start_what_fits(self) -> None:
         now = self._clock()
         if self._waiting and now >= self._next_capacity_s:
-            self._rooms.resize(self._workers.capacity())
             self._next_capacity_s = now + _CAPACITY_S
+            with suppress(Exception):  # a cluster that does not answer for a moment is as large as it was
+                before, now_there = self._rooms.capacity, self._workers.capacity()
+                self._shrunk |= any(a < b for a, b in zip(now_there, before, strict=True))
+                self._rooms.resize(now_there)
+        reserved_cores = 0.0
         open_devices = [device for device in (Device.GPU, Device.CPU) if self._width(device) > 0]
         while self._waiting and open_devices:
             loads = {device: self._load(device, now) for device in Device if self._width(device) > 0}
             device = open_devices[0]
-            work = self._placement.pick(device, self._waiting.queues(), now, loads)
-            if work is None or not self._start(self._waiting.get(work.number), device, now):
-                open_devices.pop(0)
+            work = self._placement.pick(device, self._queues(), now, loads)
+            unit = None if work is None else self._waiting.get(work.number)
+            if unit is not None and self._start(unit, device, now, reserved_cores):
+                continue
+            open_devices.pop(0)
+            if unit is not None and device is Device.GPU and self._rooms.has_gpus(unit.work.needs[device]):
+                # It waits for cores alone: those are not given to what comes after it.
+                reserved_cores = sum(need.cores for need in unit.work.needs[device])
 
     def _width(self, device: Device) -> float:
         capacity = self._rooms.capacity
@@ -326,11 +363,22 @@ class Dispatcher:
                 seconds += left * unit.work.share(device, width)
         return Load(width, seconds)
 
-    def _start(self, unit: _Unit | None, device: Device, now: float) -> bool:
-        assert unit is not None
+    def _queues(self) -> list[Queue]:
+        queues = self._waiting.queues()
+        if not self._shrunk:
+            return queues
+        # What no machine has any longer waits for one that has, and is not in the way of others.
+        able = []
+        for head, length in queues:
+            needs = {device: need for device, need in head.needs.items() if self._rooms.fits_at_all(need)}
+            if needs:
+                able.append(Queue(head._replace(needs=needs), length))
+        return able
+
+    def _start(self, unit: _Unit, device: Device, now: float, reserved_cores: float) -> bool:
         expected = self._placement.seconds(unit.work, device)
         ahead = self._workers.ahead_cores if expected is not None and expected < _SHORT_S else 0.0
-        taken = self._rooms.take(unit.work.needs[device], ahead_cores=ahead)
+        taken = self._rooms.take(unit.work.needs[device], ahead_cores=ahead - reserved_cores)
         if taken is None:
             return False
         self._waiting.remove(unit)
@@ -358,7 +406,7 @@ class Dispatcher:
         self._seconds[unit.work.name, unit.device] += seconds
         lost = next((outcome.lost for outcome in outcomes if outcome.lost), "")
         error = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
-        if unit.future.done():  # cancelled or late: nobody asks
+        if unit.future.decided:  # cancelled or late: nobody asks
             return None, None, False
         retry = lost if error is None else isinstance(error, unit.retry_on)
         if retry and unit.attempt <= unit.retries and not self._closed:
@@ -379,7 +427,7 @@ class Dispatcher:
         while self._due and self._due[0][0] <= self._clock():
             _, number = heapq.heappop(self._due)
             unit = self._running.get(number) or self._waiting.get(number)
-            if unit is not None and not unit.future.done():
+            if unit is not None and not unit.future.decided:
                 self._forget(unit, "late")
                 unit.end()
                 late.append(unit)

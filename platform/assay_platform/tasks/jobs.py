@@ -7,14 +7,15 @@ import asyncio
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from assay_platform.errors import ClusterError, JobLostError
 from assay_platform.tasks.cluster import quiet_ray_environment
 
-_READY_S = 120.0
+_READY_S, _POLL_S = 120.0, 1.0
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _MAX_RESUBMITTED = 2
 # What Ray says where the command ran to an end that was none of Ray's.
 _COMMAND_FAILED = "entrypoint command failed"
@@ -103,9 +104,10 @@ class Jobs:
             async for lines in self._client.tail_job_logs(job_id):
                 write(lines)
 
-        with self._told(f"the log of job {job_id!r} cannot be followed"):
+        with suppress(ConnectionError, RuntimeError):  # the node that has the log can be lost; what counts comes next
             asyncio.run(tail())
-        job = self.one(job_id)
+        while (job := self.one(job_id)).state not in _ENDED:
+            time.sleep(_POLL_S)  # Ray learns of a lost node later than of its log
         if job.state != "SUCCEEDED":
             lost = job.state == "FAILED" and _COMMAND_FAILED not in job.message
             error = JobLostError if lost else ClusterError

@@ -74,9 +74,10 @@ class StaticRule:
     def __init__(self, only: Device | None = None) -> None:
         self._only = only
 
-    def _device(self, work: Work, devices: Loads) -> Device:
+    def _device(self, work: Work, devices: Loads) -> Device | None:
         wanted = self._only or usual_device(work.kind)
-        return wanted if wanted in work.needs and wanted in devices else next(d for d in work.needs if d in devices)
+        able = [device for device in (wanted, *work.needs) if device in work.needs and device in devices]
+        return able[0] if able else None
 
     def pick(self, device: Device, queues: Sequence[Queue], now_s: float, loads: Loads) -> Work | None:
         """See `Placement`."""
@@ -124,15 +125,18 @@ class ByCost:
         own = [queue for queue in queues if device in queue.head.needs]
         if not own:
             return None
-        first = max(queue.head.priority for queue in own)
-        own = [queue for queue in own if queue.head.priority == first]
-        oldest = min(own, key=lambda queue: queue.head.number)
         if len(loads) == 1:
-            return oldest.head
-        # What nobody else can run has an endless gain, so it comes first.
-        late = now_s - oldest.head.submitted_s > self._patience_s
-        best = oldest if late else max(own, key=lambda queue: (self._gain(queue.head, device), -queue.head.number))
-        return self._unless_better_elsewhere(device, best, queues, loads)
+            return min(own, key=lambda queue: (-queue.head.priority, queue.head.number)).head
+
+        def rank(queue: Queue) -> tuple[float, float, float, int]:
+            work = queue.head
+            late_s = now_s - work.submitted_s
+            # What nobody else can run has an endless gain, so it comes first.
+            gain = math.inf if late_s > self._patience_s else self._gain(work, device)
+            return -work.priority, -gain, -max(0.0, late_s - self._patience_s), work.number
+
+        accepted = (self._unless_better_elsewhere(device, queue, queues, loads) for queue in sorted(own, key=rank))
+        return next((work for work in accepted if work is not None), None)
 
     def _gain(self, work: Work, device: Device) -> float:
         """How many times longer the other device takes."""

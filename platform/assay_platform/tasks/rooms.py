@@ -48,10 +48,21 @@ class Rooms:
         return alone and Rooms(self.capacity).take(needs) is not None
 
     def take(self, needs: Sequence[Needs], *, ahead_cores: float = 0.0) -> Taken | None:
-        """Room for all of them at once; None: there is none. ahead_cores: that many more than there are."""
-        cores = sum(need.cores for need in needs)
-        if self.used_cores + cores > self.capacity.cores + ahead_cores + _LEAST:
+        """Room for all of them at once; None: there is none. ahead_cores: that many more than there are, fewer if
+        below 0.
+        """
+        cores, with_gpus = sum(need.cores for need in needs), self._with_gpus(needs)
+        if with_gpus is None or self.used_cores + cores > self.capacity.cores + ahead_cores + _LEAST:
             return None
+        self._used, chosen = with_gpus
+        self.used_cores += cores
+        return Taken(tuple(needs), chosen)
+
+    def has_gpus(self, needs: Sequence[Needs]) -> bool:
+        """Whether GPUs are no reason to wait."""
+        return self._with_gpus(needs) is not None
+
+    def _with_gpus(self, needs: Sequence[Needs]) -> tuple[list[float], tuple[tuple[int, ...], ...]] | None:
         used, chosen = list(self._used), []
         for need in needs:
             gpus = _choose(used[: self.capacity.gpus], need.gpus)
@@ -60,9 +71,7 @@ class Rooms:
             for gpu in gpus:
                 used[gpu] += min(1.0, need.gpus)
             chosen.append(gpus)
-        self._used = used
-        self.used_cores += cores
-        return Taken(tuple(needs), tuple(chosen))
+        return used, tuple(chosen)
 
     def give(self, taken: Taken) -> None:
         """Give it back."""

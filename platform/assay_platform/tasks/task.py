@@ -104,17 +104,23 @@ class TaskFuture(Future[T]):
 
     def __init__(self, stop: Callable[[], None]) -> None:
         super().__init__()
-        self._stop, self._settling = stop, threading.RLock()
+        self._stop, self._deciding = stop, threading.Lock()
         self._started = False
+        self.decided = False
+
+    def _first(self) -> bool:
+        """Whoever asks first decides how it ends. No lock is held while callbacks run: they may cancel others."""
+        with self._deciding:
+            first, self.decided = not self.decided, True
+        return first
 
     def cancel(self) -> bool:
         """Nobody wants the result any longer. What waits is not started, what runs is ended; False: it was done."""
-        with self._settling:
-            if self.done():
-                return self.cancelled()
-            super().cancel()
-            super().set_running_or_notify_cancel()
+        if not self._first():
+            return self.cancelled()
         self._stop()
+        super().cancel()
+        super().set_running_or_notify_cancel()
         return True
 
     def running(self) -> bool:
@@ -127,14 +133,13 @@ class TaskFuture(Future[T]):
 
     def settle(self, value: T | None, error: BaseException | None) -> None:
         """Said by the dispatcher. Whoever cancelled before was first."""
-        with self._settling:
-            if self.done():
-                return
-            super().set_running_or_notify_cancel()
-            if error is None:
-                self.set_result(value)  # type: ignore[arg-type]
-            else:
-                self.set_exception(error)
+        if not self._first():
+            return
+        super().set_running_or_notify_cancel()
+        if error is None:
+            self.set_result(value)  # type: ignore[arg-type]
+        else:
+            self.set_exception(error)
 
 
 class Shared(NamedTuple):

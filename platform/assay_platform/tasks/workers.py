@@ -58,7 +58,9 @@ def _run(work: Callable[..., Any], args: Sequence[Any], place: Place) -> Outcome
     began = time.perf_counter()
     try:
         value = work(place, *args)
-    except Exception as error:  # noqa: BLE001 - of code that is not ours; whoever waits for the result gets it
+    except BaseException as error:  # noqa: BLE001 - of code that is not ours; whoever waits for the result gets it
+        if not isinstance(error, Exception):
+            error = TaskError(f"{type(error).__name__}: {error}")  # `sys.exit` ends a task, not who waits for it
         return Outcome(error=error, seconds=time.perf_counter() - began)
     return Outcome(value, seconds=time.perf_counter() - began)
 
@@ -94,7 +96,9 @@ class ThreadWorkers:
             device = f"cuda:{gpus[0]}" if gpus else "cpu"
             place = Place(device, start.taken.needs[number].cores, start.attempt, task.key, ending.is_set)
             args = [arg.held if isinstance(arg, Shared) else arg for arg in task.args]
-            outcome = _run(task.work, args, place)
+            ended(number, _run(task.work, args, place))
+
+        def ended(number: int, outcome: Outcome) -> None:
             if outcome.error is not None:
                 ending.set()  # the others of the group have nothing to wait for
             with lock:
@@ -104,7 +108,11 @@ class ThreadWorkers:
                 done([outcomes[n] for n in range(len(outcomes))])
 
         for number, task in enumerate(start.tasks):
-            threading.Thread(target=one, args=(number,), name=f"task-{task.name or task.kind}", daemon=True).start()
+            thread = threading.Thread(target=one, args=(number,), name=f"task-{task.name or task.kind}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the machine has no more threads
+                ended(number, Outcome(error=TaskError(str(error))))
         return ending.set
 
     def close(self) -> None:

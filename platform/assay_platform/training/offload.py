@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from assay_platform.errors import ConfigError
+
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -122,17 +124,28 @@ class OffloadedAdamW(torch.optim.Optimizer):
             return
         self._update.result()
         self._update = None
+        if self._gpu is not None:
+            self._up.wait_stream(torch.cuda.current_stream(self._gpu))  # what computes with the weights of before
         for part in self._parts:
             if self._late:
                 self._send(part)
             self._arrived(part)
 
     def close(self) -> None:
-        """Flush and let go of the modules."""
-        self.flush()
+        """Let go of the modules; after `flush`, or where a training was given up."""
         for hook in self._hooks:
             hook.remove()
         self._thread.shutdown()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Lets go of gradients; zeroes would be written over what is on its way to the host.
+
+        Raises:
+            ConfigError: set_to_none is False.
+        """
+        if not set_to_none:
+            raise ConfigError("gradients of an update on the CPU cannot be zeroed in place; leave set_to_none=True")
+        super().zero_grad(set_to_none=True)
 
     def _arrived(self, part: _Part) -> None:
         part.updated.wait()

@@ -151,37 +151,40 @@ def fit(
         for follower in followers:
             follower.after_step()
 
-    all_generators = [torch.default_generator, *_of_gpus(trained), *generators]
+    parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "schedule": schedule}
+    drawn_from = [torch.default_generator, *_of_gpus(trained), *generators]
+    # Of another kind of machine, another configuration or another version of the module: it does not fit.
+    shapes = [(name, tuple(value.shape)) for name, value in module.state_dict().items()]
+    form = repr((config, num_batches, len(drawn_from), shapes))
     reached = _Reached()
-    if checkpoint is not None and (kept := checkpoint.load()) is not None:
+    kept = None if checkpoint is None else checkpoint.load()
+    if kept is not None and kept["form"] == form:
         reached = _Reached(**kept["reached"])
-        for part, name in ((module, "module"), (optimizer, "optimizer"), (schedule, "schedule")):
+        for name, part in parts.items():
             part.load_state_dict(kept[name])
-        for generator, state in zip(all_generators, kept["generators"], strict=True):
+        for generator, state in zip(drawn_from, kept["generators"], strict=True):
             generator.set_state(state)
-    for epoch in range(len(reached.history) + 1, config.num_epochs + 1):
-        if len(reached.history) - reached.epoch >= config.patience:
-            break
-        module.train()
-        for batch in batches(epoch):
-            step(batch, reached.num_steps)
-            reached.num_steps += 1
+    try:
+        while not reached.ends(config):
+            module.train()
+            for batch in batches(len(reached.history) + 1):
+                step(batch, reached.num_steps)
+                reached.num_steps += 1
+            if isinstance(optimizer, OffloadedAdamW):
+                optimizer.flush()
+            module.eval()
+            reached.add(float(len(reached.history) + 1) if evaluate is None else evaluate(), module, config)
+            if checkpoint is not None:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                drawn = [generator.get_state() for generator in drawn_from]
+                checkpoint.save({**states, "form": form, "reached": vars(reached), "generators": drawn})
+            try:
+                on_epoch(len(reached.history), reached.history[-1])
+            except StopTraining:
+                break
+    finally:
         if isinstance(optimizer, OffloadedAdamW):
-            optimizer.flush()
-        module.eval()
-        metric = float(epoch) if evaluate is None else evaluate()
-        reached.add(metric, module, config)
-        if checkpoint is not None:
-            parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "schedule": schedule}
-            states = {name: part.state_dict() for name, part in parts.items()}
-            drawn = [generator.get_state() for generator in all_generators]
-            checkpoint.save({**states, "reached": vars(reached), "generators": drawn})
-        try:
-            on_epoch(epoch, reached.history[-1])
-        except StopTraining:
-            break
-    if isinstance(optimizer, OffloadedAdamW):
-        optimizer.close()
+            optimizer.close()
     module.load_state_dict(reached.best_state)
     return FitResult(reached.metric, reached.epoch, reached.history)
 
@@ -195,6 +198,9 @@ class _Reached:
     metric: float = -math.inf
     epoch: int = 0
     best_state: dict[str, Any] = field(default_factory=dict)
+
+    def ends(self, config: TrainConfig) -> bool:
+        return len(self.history) >= config.num_epochs or len(self.history) - self.epoch >= config.patience
 
     def add(self, metric: float, module: nn.Module, config: TrainConfig) -> None:
         metric = -math.inf if math.isnan(metric) else metric  # or nothing later could be better
