@@ -86,7 +86,7 @@ def kill_one(generator: random.Random, within_s: float, done: threading.Event, k
     if done.wait(generator.uniform(0.0, within_s)):
         return
     while not done.is_set():
-        running = [p for p in psutil.process_iter(["name"]) if "ray::_run_on" in " ".join(p.info["name"].split())]
+        running = [p for p in psutil.process_iter(["name"]) if p.info["name"].startswith("ray::solve")]
         if running:
             victim = generator.choice(running)
             victim.kill()
@@ -98,7 +98,7 @@ def kill_one(generator: random.Random, within_s: float, done: threading.Event, k
 def kills(num: int) -> tuple[int, int, int]:
     """Runs with the same results, workers killed, tasks started again."""
     generator, same, killed, again = random.Random(0), 0, list[int](), 0  # noqa: S311 - no secret
-    tasks = [Task(work=solve, args=(seed,), kind=Kind.MATRIX) for seed in range(40)]
+    tasks = [Task(work=solve, args=(seed,), kind=Kind.MATRIX, name="solve") for seed in range(40)]
     within_s, expected = 0.0, list[float]()
     for number in range(-2, num):  # twice undisturbed: workers start, then what it takes
         done, began = threading.Event(), time.perf_counter()

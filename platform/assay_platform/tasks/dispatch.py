@@ -19,7 +19,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -123,11 +123,13 @@ class Dispatcher:
         self._workers, self._placement, self._clock = workers, placement or StaticRule(), clock
         self._max_waiting, self._beat = max_waiting, beat
         self._rooms = Rooms(workers.capacity())
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._work, self._changed = threading.Condition(self._lock), threading.Condition(self._lock)
         self._waiting = _Waiting()
         self._running: dict[int, _Unit] = {}
         self._ended: deque[tuple[_Unit, list[Outcome], float]] = deque()
         self._due: list[tuple[float, int]] = []
+        self._fitting: dict[object, Mapping[Device, tuple[Needs, ...]]] = {}  # by needs, until machines come or go
         self._by_key: OrderedDict[str, TaskFuture[Any]] = OrderedDict()
         self._done: Counter[Done] = Counter()
         self._seconds: defaultdict[tuple[str, Device], float] = defaultdict(float)
@@ -193,26 +195,29 @@ class Dispatcher:
                 self._by_key[first.key] = future
             if due < threading.TIMEOUT_MAX:
                 heapq.heappush(self._due, (due, number))
-            self._changed.notify_all()
+            self._work.notify()
         return future
 
     def _known(self, key: str) -> TaskFuture[Any] | None:
         known = self._by_key.get(key) if key else None
         return None if known is None or known.cancelled() else known
 
-    def _possible(self, tasks: Sequence[Task[Any]]) -> dict[Device, tuple[Needs, ...]]:
-        found = {}
-        for device in Device:
-            needs = [need for task in tasks if (need := task.needs(device)) is not None]
-            if len(needs) == len(tasks) and self._rooms.fits_at_all(needs):
-                found[device] = tuple(needs)
-        return found
+    def _possible(self, tasks: Sequence[Task[Any]]) -> Mapping[Device, tuple[Needs, ...]]:
+        asked = tuple((task.cpu, task.gpu) for task in tasks)
+        if asked not in self._fitting:
+            found = {}
+            for device in Device:
+                needs = [need for task in tasks if (need := task.needs(device)) is not None]
+                if len(needs) == len(tasks) and self._rooms.fits_at_all(needs):
+                    found[device] = tuple(needs)
+            self._fitting[asked] = found
+        return self._fitting[asked]
 
     def _cancelled(self, unit: _Unit) -> None:
         with self._changed:
             self._forget(unit, "cancelled")
             unit.end()
-            self._changed.notify_all()
+            self._tell_all()
 
     def _forget(self, unit: _Unit, outcome: str) -> None:
         """It has its result. What still runs of it keeps its room."""
@@ -262,11 +267,15 @@ class Dispatcher:
         with self._changed:
             self._closed = True
             units = [*self._waiting, *self._running.values()]
-            self._changed.notify_all()
+            self._tell_all()
         for unit in units:
             unit.future.cancel()
         self._thread.join()
         self._workers.close()
+
+    def _tell_all(self) -> None:
+        self._work.notify()
+        self._changed.notify_all()
 
     # What follows runs in the dispatcher's own thread.
 
@@ -290,7 +299,7 @@ class Dispatcher:
                 while not self._ended and not self._closed and not self._timed():
                     self._start_what_fits()
                     if not self._ended and not self._closed:
-                        self._changed.wait(self._until_next())
+                        self._work.wait(self._until_next())
                 ended = list(self._ended)
                 self._ended.clear()
                 finished = [(unit, *self._over(unit, outcomes, at)) for unit, outcomes, at in ended]
@@ -300,7 +309,6 @@ class Dispatcher:
                 if beat is not None:
                     self._next_beat_s = self._clock() + _BEAT_S
                 closed = self._closed
-                self._changed.notify_all()
             # Outside of the lock: what others have added to futures may submit more.
             for unit, value, error, again in finished:
                 if not again:
@@ -336,7 +344,9 @@ class Dispatcher:
             with suppress(Exception):  # a cluster that does not answer for a moment is as large as it was
                 before, now_there = self._rooms.capacity, self._workers.capacity()
                 self._shrunk |= any(a < b for a, b in zip(now_there, before, strict=True))
-                self._rooms.resize(now_there)
+                if now_there != before:
+                    self._rooms.resize(now_there)
+                    self._fitting.clear()
         reserved_cores = 0.0
         open_devices = [device for device in (Device.GPU, Device.CPU) if self._width(device) > 0]
         while self._waiting and open_devices:
@@ -395,7 +405,7 @@ class Dispatcher:
         """From a thread of the workers, which may be this one where it ended at once."""
         with self._changed:
             self._ended.append((unit, outcomes, self._clock()))
-            self._changed.notify_all()
+            self._work.notify()
 
     def _over(self, unit: _Unit, outcomes: list[Outcome], at: float) -> tuple[Any, BaseException | None, bool]:
         """Value, error, and whether it waits again."""

@@ -1,5 +1,6 @@
 """Where tasks run: threads of this process, or a Ray cluster."""
 
+import pickle
 import sys
 import threading
 import time
@@ -11,6 +12,9 @@ from assay_platform.errors import ClusterError, TaskError
 from assay_platform.tasks.cluster import quiet_ray_environment
 from assay_platform.tasks.rooms import Capacity, Taken
 from assay_platform.tasks.task import Device, Needs, Place, Shared, Task
+
+# Functions of modules that are remembered with what they need.
+_MOST_REMOTES = 256
 
 
 class Outcome(NamedTuple):
@@ -133,7 +137,7 @@ class RayWorkers:
         if not ray.is_initialized():
             raise ClusterError("Ray is not running; enter `ray_cluster()` first")
         self._ray: Any = ray
-        self._remote = ray.remote(_run_on_ray)
+        self._remotes: dict[Any, Any] = {}
         self.ahead_cores = 0.0
         self.ahead_cores = 2.0 * self.capacity().cores
 
@@ -164,8 +168,24 @@ class RayWorkers:
     def _submit(self, start: Start, number: int, options: dict[str, Any]) -> Any:
         task, needs = start.tasks[number], start.taken.needs[number]
         args = [arg.held if isinstance(arg, Shared) else arg for arg in task.args]
-        remote = self._remote.options(num_cpus=needs.cores, num_gpus=needs.gpus, max_retries=0, **options)
-        return remote.remote(task.work, needs, start.device is Device.GPU, start.attempt, task.key, *args)
+        sent = _is_of_a_module(task.work)
+        work = task.work if sent else None
+        remote = self._made(work, needs, task.name, options) if options else self._remote(work, needs, task.name)
+        place = (needs.cores, start.device is Device.GPU, start.attempt, task.key)
+        return remote.remote(*place, *args) if sent else remote.remote(*place, task.work, *args)
+
+    def _remote(self, work: Callable[..., Any] | None, needs: Needs, name: str) -> Any:
+        """What runs a function of a module, which is sent to a worker once, or one that comes with its task (None)."""
+        known = self._remotes.get((work, needs, name))
+        if known is None:
+            if len(self._remotes) >= _MOST_REMOTES:
+                self._remotes.clear()
+            known = self._remotes[work, needs, name] = self._made(work, needs, name, {})
+        return known
+
+    def _made(self, work: Callable[..., Any] | None, needs: Needs, name: str, options: dict[str, Any]) -> Any:
+        options = {"num_cpus": needs.cores, "num_gpus": needs.gpus, "max_retries": 0, **options}
+        return self._ray.remote(_on_ray(work)).options(**options, **({"name": name} if name else {}))
 
     def _end(self, ref: Any) -> None:
         from ray.exceptions import RayError
@@ -218,29 +238,43 @@ def _outcome(future: Any) -> Outcome:
     from ray.exceptions import RayTaskError
 
     try:
-        outcome: Outcome = future.result()
-    except RayTaskError as error:  # its arguments or its value could not be sent
-        return Outcome(error=TaskError(str(error).strip().splitlines()[-1]))
-    except BaseException as error:  # noqa: BLE001 - also `CancelledError`, and errors that Ray could not rebuild
-        return Outcome(lost=_line(error))
-    return outcome
+        value, error, seconds = future.result()
+    except RayTaskError as problem:  # its arguments or its value could not be sent
+        return Outcome(error=TaskError(str(problem).strip().splitlines()[-1]))
+    except BaseException as problem:  # noqa: BLE001 - also `CancelledError`, and errors that Ray could not rebuild
+        return Outcome(lost=_line(problem))
+    return Outcome(value, error, seconds=seconds)
 
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _run_on_ray(work: Any, needs: Needs, on_gpu: bool, attempt: int, key: str, *args: Any) -> Outcome:
-    """In a worker. Ray shows it its own GPUs alone, so they are always the first ones."""
-    import pickle
+def _is_of_a_module(work: Callable[..., Any]) -> bool:
+    name = getattr(work, "__qualname__", "")
+    return getattr(sys.modules.get(getattr(work, "__module__", "")), name, None) is work
 
-    if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != max(1, int(needs.cores)):
-        torch.set_num_threads(max(1, int(needs.cores)))
-    place = Place("cuda" if on_gpu else "cpu", needs.cores, attempt, key, lambda: False)
-    outcome = _run(work, args, place)
-    if outcome.error is not None:
+
+def _on_ray(work: Callable[..., Any] | None) -> Callable[..., list[Any]]:
+    """A function for `ray.remote`. work: None: comes as the first argument."""
+
+    def task(cores: float, on_gpu: bool, attempt: int, key: str, *args: Any) -> list[Any]:
+        # Ray shows a worker its own GPUs alone, so they are always the first ones.
+        place = Place("cuda" if on_gpu else "cpu", cores, attempt, key, lambda: False)
+        return _run_on_ray(args[0], args[1:], place) if work is None else _run_on_ray(work, args, place)
+
+    return task
+
+
+def _run_on_ray(work: Callable[..., Any], args: Sequence[Any], place: Place) -> list[Any]:
+    """Value, error and seconds: a list of plain values needs no pickle."""
+    threads = max(1, int(place.cores))
+    if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    value, error, _, seconds = _run(work, args, place)
+    if error is not None:
         try:
-            pickle.loads(pickle.dumps(outcome.error))  # noqa: S301 - made here, a moment ago
+            pickle.loads(pickle.dumps(error))  # noqa: S301 - made here, a moment ago
         except Exception:  # noqa: BLE001 - whatever an error of other code does when it is copied
-            return outcome._replace(error=TaskError(f"{type(outcome.error).__name__}: {outcome.error}"))
-    return outcome
+            error = TaskError(f"{type(error).__name__}: {error}")
+    return [value, error, seconds]
