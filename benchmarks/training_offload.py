@@ -1,11 +1,11 @@
 """Where weights are updated: on the GPU, on the CPU, on the CPU a step late; torch's own offload beside it.
 
 A backbone of about 0.9 billion weights (4 MoE layers, 8 experts of 8,192, 2 chosen, 1 shared), products in bfloat16,
-weights and state in float32. A step is some micro-batches of 1,024 rows, as many as --micro says. Memory is the peak of
-a step; time is the mean over steps that follow one another without a pause. What is learned: the loss of the last of
-them, all ways from the same weights on the same rows.
+weights and state in float32. A step is --micro micro-batches of --rows rows. Memory is the peak of a step; time is the
+mean over steps that follow one another without a pause. What is learned: the loss of the last of them, all ways from
+the same weights on the same rows.
 
-    assay bench training_offload [--json] [--micro N …]
+    assay bench training_offload [--json] [--rows N] [--micro N …]
 """
 
 import argparse
@@ -24,7 +24,7 @@ from assay_platform.training.offload import OffloadedAdamW
 sys.path.insert(0, str(Path(__file__).parent))
 from _report import finish, median, row, spread
 
-ROWS, WIDTH, STEPS, RUNS = 1024, 1024, 3, 3
+WIDTH, STEPS, RUNS = 1024, 3, 3
 CONFIG = BackboneConfig(width=WIDTH, hidden=8192, num_blocks=4, num_experts=8, top_k=2, dropout=0.0)
 HOW = {"lr": 1e-4, "weight_decay": 0.01}
 WAYS = ("on the GPU", "on the CPU", "on the CPU, late", "torch FSDP2 offload")
@@ -64,12 +64,12 @@ def optimizer_of(way: str, net: Backbone) -> Iterator[Any]:
         optimizer.close()
 
 
-def train(way: str, micro: int) -> Seen:
+def train(way: str, micro: int, num_rows: int) -> Seen:
     """From the same weights."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         net = Backbone(WIDTH, CONFIG)
-        rows = torch.randn(16, ROWS, WIDTH)
+        rows = torch.randn(16, num_rows, WIDTH)
         wanted = torch.randn(WIDTH, WIDTH) / WIDTH**0.5
     if way == "torch FSDP2 offload":
         net.cpu()
@@ -106,14 +106,15 @@ def main() -> None:
     """Every way, micro-batches as given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="the first one is always run")
-    parser.add_argument("--micro", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--rows", type=int, default=2048, help="of a micro-batch")
+    parser.add_argument("--micro", type=int, nargs="+", default=[32, 64, 128])
     call, _ = parser.parse_known_args()
     rows = []
     for micro in call.micro:
         seen: dict[str, Seen] = {}
         for way in dict.fromkeys([WAYS[0], *call.ways]):
             try:
-                seen[way] = train(way, micro)
+                seen[way] = train(way, micro, call.rows)
                 print(f"{micro} x {way}: {seen[way].gb:.2f} GB, {seen[way].step_s}", file=sys.stderr, flush=True)
             except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
                 if way != WAYS[-1]:
@@ -123,7 +124,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         usual = seen[WAYS[0]]
         for way, one in seen.items():
-            name = f"{micro} x {ROWS:,} rows a step, update {way}"
+            name = f"{micro} x {call.rows:,} rows a step, update {way}"
             more: dict[str, Any] = {"peer_name": WAYS[0], "runs": RUNS}
             rows.append(row(f"{name}: a step", 1e3 * median(one.step_s), "ms", peer=1e3 * median(usual.step_s),
                             spread=spread(one.step_s), **more))  # fmt: skip

@@ -271,7 +271,6 @@ class Dispatcher:
         for unit in units:
             unit.future.cancel()
         self._thread.join()
-        self._workers.close()
 
     def _tell_all(self) -> None:
         self._work.notify()

@@ -54,9 +54,6 @@ class Workers(Protocol):
     def start(self, start: Start, done: Done) -> Callable[[], None]:
         """Begin. Returns how to end it early; `done` is called then too, whatever it says."""
 
-    def close(self) -> None:
-        """Everything has ended."""
-
 
 def _run(work: Callable[..., Any], args: Sequence[Any], place: Place) -> Outcome:
     began = time.perf_counter()
@@ -119,9 +116,6 @@ class ThreadWorkers:
                 ended(number, Outcome(error=TaskError(str(error))))
         return ending.set
 
-    def close(self) -> None:
-        """See `Workers`."""
-
 
 class RayWorkers:
     """Processes of the Ray cluster that this one is connected to.
@@ -138,7 +132,6 @@ class RayWorkers:
             raise ClusterError("Ray is not running; enter `ray_cluster()` first")
         self._ray: Any = ray
         self._remotes: dict[Any, Any] = {}
-        self.ahead_cores = 0.0
         self.ahead_cores = 2.0 * self.capacity().cores
 
     def capacity(self) -> Capacity:
@@ -228,9 +221,6 @@ class RayWorkers:
                 with suppress(RayError):
                     remove_placement_group(group)
             done(outcomes or [Outcome(lost="ended before it began")] * len(start.tasks))
-
-    def close(self) -> None:
-        """See `Workers`."""
 
 
 def _outcome(future: Any) -> Outcome:
