@@ -1,14 +1,15 @@
 """The schema file: what the columns of a table mean.
 
-TOML → `FraudSchema` or `RecommendSchema`. The file format is part of the public contract; the README shows it.
+TOML → `FraudSchema`, `RecommendSchema` or, for `assay automl`, `TableSchema`. The file format is part of the public
+contract; the README shows it.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from assay_platform.errors import ConfigError, SchemaError
 from assay_platform.models.decisions import Costs, DecisionSettings
@@ -17,6 +18,7 @@ from assay_platform.robustness.constraints import Constraints
 
 Protocol = Literal["temporal", "random", "leave-last-out"]
 _MAX_DELAY_DAYS = 3650
+_Parsed = TypeVar("_Parsed")
 # The key column that is worked out, not read, where a schema says how accounts are known.
 ACCOUNT = "account"
 
@@ -255,6 +257,36 @@ class RecommendSchema:
         return () if self.weight is None else (self.weight,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableSchema:
+    """Any table with a yes or no to predict, for `assay automl`.
+
+    Columns that are not named are looked at, and used as what they seem to be. positive: the label's value that means
+    yes, where it is not 1 or true. timestamp: given, the split is by time. group: given, the rows of one value of this
+    column stay on one side of every split, such as all visits of a patient. ignore: what is known only afterwards.
+    """
+
+    label: str
+    positive: str | None = None
+    timestamp: str | None = None
+    group: str | None = None
+    id: str | None = None
+    numeric: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    split: Split = field(default_factory=Split)
+
+    kind: Literal["table"] = "table"
+
+    def __post_init__(self) -> None:
+        _no_repeats("numeric, categorical and ignore", self.numeric + self.categorical + self.ignore)
+        if self.label in {*self.numeric, *self.categorical, *self.ignore, self.group, self.timestamp, self.id}:
+            raise SchemaError(f"[columns] label = {self.label!r} is named for something else too")
+        for role, name in (("timestamp", self.timestamp), ("id", self.id)):
+            if name is not None and name in {*self.numeric, *self.categorical}:
+                raise SchemaError(f"[columns] {role} = {name!r} is also listed as an input of the model")
+
+
 Schema = FraudSchema | RecommendSchema
 
 
@@ -270,6 +302,28 @@ def read_schema(path: Path) -> Schema:
     Raises:
         SchemaError: the file is missing, is no TOML, or misses, adds or mistypes a field; the message names it.
     """
+    return _read(path, schema_from_dict)
+
+
+def read_labelled_schema(path: Path) -> FraudSchema | TableSchema:
+    """Read a schema file of a table with labels.
+
+    Raises:
+        SchemaError: as `read_schema`, or the file is of a table without labels.
+    """
+
+    def parse(document: Mapping[str, Any]) -> FraudSchema | TableSchema:
+        if document.get("kind") == "table":
+            return _table_schema(document)
+        schema = schema_from_dict(document)
+        if not isinstance(schema, FraudSchema):
+            raise SchemaError(f"kind = {schema.kind!r} has no label; allowed are 'fraud' and 'table'")
+        return schema
+
+    return _read(path, parse)
+
+
+def _read(path: Path, parse: Callable[[Mapping[str, Any]], _Parsed]) -> _Parsed:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -277,16 +331,25 @@ def read_schema(path: Path) -> Schema:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SchemaError(f"{path}: is not valid TOML: {error}") from error
     try:
-        return schema_from_dict(document)
+        return parse(document)
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from error
+
+
+def _table_schema(document: Mapping[str, Any]) -> TableSchema:
+    for name in document:
+        if name not in ("kind", "columns", "split"):
+            raise SchemaError(f"[{name}] does not belong to kind = 'table'; allowed are columns and split")
+    columns = _typed("[columns]", _table(document, "columns"), _TABLE, ("label",))
+    return TableSchema(**columns, split=Split(**_typed("[split]", _table(document, "split"), _PARTS)))
 
 
 def schema_from_dict(document: Mapping[str, Any]) -> Schema:
     """Build a schema from parsed TOML or from `schema_to_dict`."""
     kind = document.get("kind")
     if kind not in ("fraud", "recommend"):
-        raise SchemaError(f"kind = {kind!r}; allowed are 'fraud' and 'recommend'")
+        also = "; 'table' is for `assay automl`" if kind == "table" else ""
+        raise SchemaError(f"kind = {kind!r}; allowed are 'fraud' and 'recommend'{also}")
     _known("the top level", document, _TABLES)
     columns = _table(document, "columns")
     split = Split(**_typed("[split]", _table(document, "split"), _SPLIT))
@@ -374,6 +437,11 @@ _LISTS = {
     "never": _CHOICES,
 }  # fmt: skip
 _ITEMS = {"path": _STRING, "id": _STRING, "text": _STRINGS, "categorical": _STRINGS, "sentences": _FLAG}
+_TABLE = {
+    "label": _STRING, "positive": _STRING, "timestamp": _STRING, "group": _STRING, "id": _STRING,
+    "numeric": _STRINGS, "categorical": _STRINGS, "ignore": _STRINGS,
+}  # fmt: skip
+_PARTS = {"train": _NUMBER, "validation": _NUMBER}
 _SPLIT = {
     "train": _NUMBER, "validation": _NUMBER, "protocol": _STRING, "repeats": _FLAG, "validation_from": _STRING,
     "test_from": _STRING, "max_items": _NUMBER,

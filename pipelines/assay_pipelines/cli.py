@@ -19,6 +19,7 @@ _EPILOG = """examples:
   assay data get ieee-cis                                fetch a public data set
   assay run fraud --data ieee-cis                        features, search, training, gate, registry
   assay run fraud --data card.csv --schema card.toml     the same on your own table
+  assay automl table.csv --schema table.toml             the best model of any table, within ten minutes
   assay features embed --help                            vectors of columns with many values
   assay models                                           what the registry holds
   assay serve                                            REST on http://127.0.0.1:8000, docs at /docs
@@ -37,6 +38,27 @@ _EMBED_EPILOG = """examples:
   assay features embed fraud --data card.csv --schema card.toml --column store_id --out plan.json
   assay features embed fraud --data card.csv --schema card.toml --column card_id --plan plan.json --out plan.json
   assay run fraud --data card.csv --schema card.toml --plan plan.json      train and serve with both
+"""
+
+
+_AUTOML = """Cleans and types a table, searches features and families of models (boosted trees,
+CatBoost, nets on the MoE backbone, TabM, linear), and registers one fast model
+that learned from the best of them, with a model card. Splits go by time or by
+group wherever the schema says so; nothing is chosen by the test part."""
+_AUTOML_EPILOG = """the schema: kind = "fraud" for events, as `assay run fraud` takes it, or
+
+  kind = "table"
+  [columns]
+  label = "income"          what to predict
+  positive = ">50K"         optional: the value that means yes, if it is not 1 or true
+  timestamp = "visited_at"  optional: split by time
+  group = "patient"         optional: rows of one value stay together
+  ignore = ["outcome_code"] optional: what is known only afterwards
+  numeric = ["age"]         optional, as is categorical: other columns are looked at
+
+examples:
+  assay automl adult.csv --schema adult.toml --card card.md
+  assay automl payments.parquet --schema payments.toml --budget 3600 --search night
 """
 
 
@@ -107,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip
 
+    _add_automl(commands)
+
     serve = commands.add_parser("serve", help="REST scoring that follows the registry's champion alias")
     serve.add_argument("--host", metavar="HOST", help="default 127.0.0.1; any other needs an API key")
     serve.add_argument("--port", type=int, metavar="PORT", help="default 8000; 0 takes any free one")
@@ -147,6 +171,29 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...",
                        help="options of the benchmark itself; its file says which")  # fmt: skip
     return parser
+
+
+def _add_automl(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    automl = commands.add_parser(
+        "automl",
+        help="the best model of any table with labels, within a budget",
+        description=_AUTOML,
+        epilog=_AUTOML_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    automl.add_argument("data", metavar="NAME|FILE", help="a CSV or Parquet file, or the name of a data set")
+    automl.add_argument("--schema", type=Path, metavar="FILE.toml", help="what its columns mean")
+    automl.add_argument("--name", metavar="MODEL", help="name in the registry (default: fraud-DATA or table-DATA)")
+    automl.add_argument("--budget", type=float, default=600.0, metavar="SECONDS",
+                        help="for all of it, reading and the last training included (default: 600)")  # fmt: skip
+    automl.add_argument("--trials", type=int, default=200, metavar="N", help="at most so many (default: 200)")
+    automl.add_argument("--search", metavar="NAME",
+                        help="remember the trials under this name; the same command goes on with them")  # fmt: skip
+    automl.add_argument("--seed", type=int, default=42, metavar="N", help="of the search and the split (default: 42)")
+    automl.add_argument("--rows", type=int, metavar="N", help="only the newest N rows; without time, N by chance")
+    automl.add_argument("--plan", type=Path, metavar="FILE.json", help="these features, for tables of events")
+    automl.add_argument("--card", type=Path, metavar="FILE.md", help="write the model card here too")
+    automl.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
 def _add_jobs(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -123,21 +123,21 @@ def run_backfill(options: RunOptions, call: argparse.Namespace, reporter: Report
 
     from assay_pipelines.datasets.table import chunked_source, read_accounts, recent_ids
 
-    whole = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
-    ids = recent_ids(options.table, options.schema, StreamSettings().allowed_lateness_s)
+    whole = read_plan(call.plan) if call.plan else default_plan_of(options.event_schema)
+    ids = recent_ids(options.table, options.event_schema, StreamSettings().allowed_lateness_s)
     scratch = options.feature_repository / "backfill"
-    links, accounts = links_of(options.schema), None
+    links, accounts = links_of(options.event_schema), None
     if links is not None:
-        assert isinstance(options.schema, FraudSchema)
+        assert isinstance(options.event_schema, FraudSchema)
         accounts = scratch / "accounts.npy"
         with reporter.stage("accounts", "Join payments to accounts"):
-            left = read_accounts(options.table, options.schema, accounts)
+            left = read_accounts(options.table, options.event_schema, accounts)
             repository = FeatureRepository(options.feature_repository)
-            repository.publish_links(links.plan, left, schema=schema_to_dict(options.schema), ids=ids)
+            repository.publish_links(links.plan, left, schema=schema_to_dict(options.event_schema), ids=ids)
             repository.close()
-    for plan, reports in plan_parts(whole, options.schema):
+    for plan, reports in plan_parts(whole, options.event_schema):
         needed = accounts if ACCOUNT in plan.key_columns() else None
-        source = chunked_source(options.table, options.schema, plan, scratch, reports=reports, accounts=needed)
+        source = chunked_source(options.table, options.event_schema, plan, scratch, reports=reports, accounts=needed)
         what = "Compute features" if reports is None else "Compute features of reports"
         with ray_cluster(), reporter.stage("backfill", what) as stage:
             result = backfill(
@@ -149,7 +149,7 @@ def run_backfill(options: RunOptions, call: argparse.Namespace, reporter: Report
                 plan,
                 {entity: result.features(entity) for entity in plan.entities if plan.of_entity(entity)},
                 {entity: result.states_folder(entity) for entity in plan.entities},
-                schema=schema_to_dict(options.schema),
+                schema=schema_to_dict(options.event_schema),
             )
         num_keys = _materialize(repository, plan, reporter, ids if reports is None else None)
         repository.close()
@@ -230,12 +230,12 @@ def run_verify(options: RunOptions, call: argparse.Namespace, reporter: Reporter
 
     from assay_pipelines.datasets.table import load_table
 
-    whole = read_plan(call.plan) if call.plan else default_plan_of(options.schema)
+    whole = read_plan(call.plan) if call.plan else default_plan_of(options.event_schema)
     with reporter.stage("load", "Read and check the table"):
-        events = load_table(options.table, options.schema).events
+        events = load_table(options.table, options.event_schema).events
         events = events.take(slice(max(0, len(events) - call.rows), None))
     num_cells, worst = 0, 0.0
-    for plan, reports in plan_parts(whole, options.schema):
+    for plan, reports in plan_parts(whole, options.event_schema):
         source = events if reports is None else reports.of(events)
         with reporter.stage("batch", "Compute in batch"):
             batch = features_at(plan, source, events)
@@ -282,7 +282,7 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
 
     from assay_pipelines.datasets.table import load_table
 
-    schema = options.schema
+    schema = options.event_schema
     assert isinstance(schema, FraudSchema)
     with reporter.stage("load", "Read and check the table"):
         events = load_table(options.table, schema).events
@@ -333,7 +333,7 @@ def run_embed(options: RunOptions, call: argparse.Namespace, reporter: Reporter)
     from assay_pipelines.datasets.table import load_table
     from assay_pipelines.fraud.features import check_plan
 
-    schema = options.schema
+    schema = options.event_schema
     assert isinstance(schema, FraudSchema)
     if call.column not in schema.keys:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from assay_features.definitions import FeaturePlan
 from assay_features.rules import Rule
-from assay_features.schema import Schema
+from assay_features.schema import Schema, TableSchema
 from assay_platform.config import Config
 from assay_platform.errors import ConfigError
 from assay_platform.storage import write_json
@@ -35,7 +35,7 @@ class RunOptions:
     application: str
     data: str
     table: Path
-    schema: Schema
+    schema: Schema | TableSchema
     schema_folder: Path
     model_name: str
     seed: int = 42
@@ -87,6 +87,12 @@ class RunOptions:
         return (
             None if self.search_name is None else self.config.paths.searches / f"{self.model_name}-{self.search_name}"
         )
+
+    @property
+    def event_schema(self) -> Schema:
+        """The schema of a table of events: every one but `assay automl`'s own kind."""
+        assert not isinstance(self.schema, TableSchema)  # no other command reads that kind
+        return self.schema
 
     @property
     def feature_repository(self) -> Path:

@@ -75,10 +75,13 @@ def run_search(
     space: Space,
     defaults: Mapping[str, Any],
     max_epochs: int,
+    portfolio: Sequence[Mapping[str, Any]] = (),
+    num_parallel: int = 2,
 ) -> SearchResult:
     """Search on Ray within the budget; every trial becomes a child run, figures show how it went.
 
-    It starts from the defaults and from what was best in earlier searches over tables of a like size.
+    It starts from the defaults, from what was best in earlier searches over tables of a like size, and from the points
+    of a portfolio.
     """
     num_rows, identity = int(run.params["rows"]), f"{run.tags['assay.data_sha256']}:{options.seed}"
     earlier = run.earlier_searches(list(space), tag="assay.application", param="rows")
@@ -106,7 +109,12 @@ def run_search(
                 reached = f", best {best:.4f}" if math.isfinite(best) else ""
                 stage.update(count / options.max_trials, f"{count} trials{reached}")
 
-            budget = SearchBudget(num_trials=options.max_trials, time_s=options.budget_s, max_epochs=max_epochs)
+            budget = SearchBudget(
+                num_trials=options.max_trials,
+                time_s=options.budget_s,
+                max_epochs=max_epochs,
+                num_parallel=num_parallel,
+            )
             result = search(
                 objective,
                 data=data,
@@ -116,7 +124,7 @@ def run_search(
                 seed=options.seed,
                 journal=journal,
                 identity=identity,
-                earlier=points,
+                earlier=[*points, *portfolio],
                 on_trial=on_trial,
                 on_progress=lambda progress: stage.table(*_table(progress, space)),
             )

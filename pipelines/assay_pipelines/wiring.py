@@ -15,10 +15,17 @@ from pathlib import Path
 
 from assay_features.definitions import FeaturePlan
 from assay_features.rules import Rule, read_rules
-from assay_features.schema import FraudSchema, RecommendSchema, Schema, read_schema
+from assay_features.schema import (
+    FraudSchema,
+    RecommendSchema,
+    Schema,
+    TableSchema,
+    read_labelled_schema,
+    read_schema,
+)
 from assay_platform.config import Config, load_config
 from assay_platform.errors import InputError
-from assay_platform.storage import write_json
+from assay_platform.storage import write_bytes, write_json
 
 from assay_pipelines.console import Reporter, complain, say
 from assay_pipelines.features import read_plan
@@ -35,6 +42,7 @@ def dispatch(call: argparse.Namespace) -> int:
         "data": _data,
         "run": _run,
         "tune": _tune,
+        "automl": _automl,
         "serve": _serve,
         "promote": _promote,
         "rollback": _rollback,
@@ -81,20 +89,21 @@ def make_options(
     """
     from assay_pipelines.datasets import CATALOGUE, get_dataset
 
+    read: Callable[[Path], Schema | TableSchema] = read_labelled_schema if application == "table" else read_schema
     if data in CATALOGUE:
         with reporter.stage("data", f"Get {data}"):
             folder = get_dataset(data, config.paths.data)
         reporter.line(f"licence: {CATALOGUE[data].licence}")
         table, schema_folder = folder / "events.parquet", folder
-        schema: Schema = read_schema(schema_file) if schema_file else CATALOGUE[data].schema(folder)
+        schema: Schema | TableSchema = read(schema_file) if schema_file else CATALOGUE[data].schema(folder)
     else:
         table = Path(data)
         if not table.is_file():
             raise InputError(f"--data {data!r} is neither a file nor a data set; known are {', '.join(CATALOGUE)}")
         if schema_file is None:
             raise InputError(f"--data {data} is a file, so --schema FILE.toml is needed; the README shows one")
-        schema, schema_folder = read_schema(schema_file), schema_file.resolve().parent
-    wanted = FraudSchema if application == "fraud" else RecommendSchema
+        schema, schema_folder = read(schema_file), schema_file.resolve().parent
+    wanted = {"fraud": FraudSchema, "recommend": RecommendSchema, "table": TableSchema}[application]
     if not isinstance(schema, wanted):
         raise InputError(f"{schema_file or data}: kind = {schema.kind!r}, but the command is for {application!r}")
     stem = data if data in CATALOGUE else table.stem
@@ -110,6 +119,35 @@ def make_options(
         schema_folder=schema_folder,
         model_name=model_name,
     )
+
+
+def _automl(call: argparse.Namespace, config: Config) -> int:
+    from assay_pipelines.automl import run_automl
+
+    reporter = Reporter()
+    for flag, value in (("--rows", call.rows), ("--trials", call.trials)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} is {value}; it must be at least 1")
+    _check_search(call)
+    # A table's own schema says which kind of table it is.
+    schema = None if call.schema is None else read_labelled_schema(call.schema)
+    application = "fraud" if schema is None else schema.kind
+    if call.plan is not None and application != "fraud":
+        raise InputError(f"--plan {call.plan}: features are of events; a schema with kind = 'table' has none")
+    options = replace(
+        make_options(config, application, call.data, schema_file=call.schema, name=call.name, reporter=reporter),
+        seed=call.seed, budget_s=call.budget, max_trials=call.trials, search_name=call.search, max_rows=call.rows,
+        plan=None if call.plan is None else read_plan(call.plan),
+    )  # fmt: skip
+    report, card = run_automl(options, reporter)
+    if call.card is not None:
+        write_bytes(call.card, card.encode())
+    show_report(report)
+    if call.card is not None:
+        say(f"model card: {call.card}")
+    if call.json:
+        say(json.dumps(report.to_dict()))
+    return 0
 
 
 def _slug(text: str) -> str:
@@ -130,13 +168,17 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
         raise InputError(f"{flag} is for fraud: a recommender's run is short, so it is trained anew")
     if (update or recalibrate) and (call.plan or call.rules or call.rows):
         raise InputError(f"{flag} keeps the champion's features, rules and rows; leave --plan, --rules, --rows out")
-    if call.search is not None and not re.fullmatch(_NAME, call.search):
-        raise InputError(f"--search {call.search!r}: use letters, digits, '-', '_' and '.', at most 100")
+    _check_search(call)
     return replace(
         options, seed=call.seed, search_name=call.search, budget_s=call.budget, max_rows=call.rows,
         plan=_plan(call), rules=_rules(call),
         update=update, recalibrate=recalibrate, update_on=getattr(call, "update_on", "device"),
     )  # fmt: skip
+
+
+def _check_search(call: argparse.Namespace) -> None:
+    if call.search is not None and not re.fullmatch(_NAME, call.search):
+        raise InputError(f"--search {call.search!r}: use letters, digits, '-', '_' and '.', at most 100")
 
 
 def _plan(call: argparse.Namespace) -> FeaturePlan | None:

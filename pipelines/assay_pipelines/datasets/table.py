@@ -64,7 +64,7 @@ def load_table(path: Path, schema: Schema) -> LoadedTable:
     """
     columns = [schema.timestamp, *schema.keys, *schema.numbers]
     columns += [name for name in (schema.id, schema.label) if name is not None]
-    frame = _read(path, list(dict.fromkeys(columns)))
+    frame = read_frame(path, list(dict.fromkeys(columns)))
     if frame.empty:
         raise DataError(f"{path}: has no rows")
     events = events_of_frame(frame, path, timestamp=schema.timestamp, keys=schema.keys, numbers=schema.numbers)
@@ -101,11 +101,11 @@ def load_newest(path: Path, schema: FraudSchema, plan: FeaturePlan, num_rows: in
         parts, labels, ids = [], [], []
         for frame in _chunks(file, list(dict.fromkeys([schema.timestamp, *keys, *numbers, *also])), path):
             parts.append(events_of_frame(frame, path, timestamp=schema.timestamp, keys=keys, numbers=numbers))
-            labels.append(_parsed_labels(frame[schema.label], path))
+            labels.append(parsed_labels(frame[schema.label], path))
             ids += [] if schema.id is None else [_keys(frame[schema.id], path)]
         if not parts:
             raise DataError(f"{path}: has no rows")
-        all_labels = _both_classes(np.concatenate(labels), schema.label, path)
+        all_labels = both_classes(np.concatenate(labels), schema.label, path)
         all_ids = None if schema.id is None else _unique_ids(np.concatenate(ids), schema.id, path)
         history = replace(_joined(parts), labels=all_labels, ids=all_ids)
         order = np.argsort(history.time_us, kind="stable")
@@ -200,7 +200,7 @@ def read_events(path: Path, schema: Schema, plan: FeaturePlan) -> Events:
     """
     keys, numbers = columns_read(plan, schema)
     columns = [schema.timestamp, *keys, *numbers, *([schema.id] if schema.id else [])]
-    frame = _read(path, list(dict.fromkeys(columns)))
+    frame = read_frame(path, list(dict.fromkeys(columns)))
     if frame.empty:
         raise DataError(f"{path}: has no rows")
     events = events_of_frame(frame, path, timestamp=schema.timestamp, keys=keys, numbers=numbers)
@@ -211,7 +211,7 @@ def recent_ids(path: Path, schema: Schema, seconds: float) -> dict[str, int] | N
     """Event id → µs of the events in the last so many seconds of a table; None without an id column."""
     if schema.id is None:
         return None
-    frame = _read(path, [schema.timestamp, schema.id])
+    frame = read_frame(path, [schema.timestamp, schema.id])
     time_us = _times(frame[schema.timestamp], path)
     late = time_us >= time_us.max() - int(seconds * 1e6)
     return {str(key): int(t) for key, t in zip(_keys(frame[schema.id][late], path), time_us[late], strict=True)}
@@ -349,7 +349,7 @@ def load_items(table: ItemTable, base: Path) -> dict[str, dict[str, str]]:
     """Item id → its text and categorical columns. A relative path is relative to `base`, the schema's folder."""
     path = Path(table.path) if Path(table.path).is_absolute() else base / table.path
     names = list(dict.fromkeys((table.id, *table.text, *table.categorical)))
-    frame = _read(path, names)
+    frame = read_frame(path, names)
     ids = _keys(frame[table.id], path)
     none_missing(ids, table.id, path)
     others = {name: _keys(frame[name], path) for name in names if name != table.id}
@@ -366,16 +366,21 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: is empty")
 
 
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+def read_frame(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Columns of a file, all by default; those of a CSV file as text.
+
+    Raises:
+        DataError: the file cannot be read or a column is missing.
+    """
     _check_file(path)
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
             present = pq.read_schema(path).names
-            _require(columns, present, path)
+            _require(columns or (), present, path)
             parquet: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
             return parquet
         present = pd.read_csv(path, nrows=0).columns.tolist()
-        _require(columns, present, path)
+        _require(columns or (), present, path)
         # Text first: pandas' own guesses would turn '007' into 7.
         return pd.read_csv(path, usecols=columns, dtype=str, skip_blank_lines=True)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, pa.ArrowException) as error:
@@ -443,17 +448,28 @@ def _times(series: "pd.Series[Any]", path: Path) -> np.ndarray[Any, np.dtype[np.
 
 
 def _labels(series: "pd.Series[Any]", path: Path) -> Flags:
-    return _both_classes(_parsed_labels(series, path), str(series.name), path)
+    return both_classes(parsed_labels(series, path), str(series.name), path)
 
 
-def _both_classes(labels: Flags, column: str, path: Path) -> Flags:
+def both_classes(labels: Flags, column: str, path: Path) -> Flags:
+    """The labels, if there are two kinds of them.
+
+    Raises:
+        DataError: there are not.
+    """
     if labels.all() or not labels.any():
         only = "1" if labels.all() else "0"
         raise DataError(f"{path}: column {column!r} has only the label {only}; both classes are needed")
     return labels
 
 
-def _parsed_labels(series: "pd.Series[Any]", path: Path) -> Flags:
+def parsed_labels(series: "pd.Series[Any]", path: Path) -> Flags:
+    """0/1 or true/false as flags.
+
+    Raises:
+        DataError: a value is another, or missing.
+    """
+
     def parse(value: Any) -> bool:
         text = str(canonical_key(value)).lower()
         if text in _TRUE or text in _FALSE:

@@ -14,6 +14,7 @@ from assay_features.rules import rules_to_dict
 from assay_features.schema import schema_to_dict
 from assay_platform.errors import InputError
 from assay_platform.models.artifact import read_json
+from assay_platform.models.encoding import TabularEncoder
 from assay_platform.models.fraud import FraudModel
 from assay_platform.tuning.search import SearchResult
 
@@ -133,7 +134,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             options,
             registry,
             fingerprint=fingerprint,
-            measure=lambda folder: _validation_ap(folder, options.feature_repository, prepared, already_learned),
+            measure=lambda folder: validation_ap(folder, options.feature_repository, prepared, already_learned),
             reporter=reporter,
         )
         baselines = {"lightgbm": baseline.metrics}
@@ -160,7 +161,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
             run,
             registry,
             save=lambda folder: model.save(folder, companions),
-            signature=signature_of(prepared),
+            signature=signature_of(prepared.data.encoder),
             gate=gate,
             metrics={**metrics, "validation_ece": fitted.validation_ece, "num_parameters": model.num_parameters},
             baselines=baselines,
@@ -181,7 +182,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
     )
 
 
-def _validation_ap(folder: Path, repository: Path, prepared: Prepared, already_learned: list[str]) -> float:
+def validation_ap(folder: Path, repository: Path, prepared: Prepared, already_learned: list[str]) -> float:
     """A registered model on the current validation rows, with the features that it was trained on.
 
     already_learned: takes the reason if the model has learned on from these rows: it cannot be measured by them then.
@@ -231,11 +232,11 @@ def companions_of(
     }
 
 
-def signature_of(prepared: Prepared) -> Any:
+def signature_of(encoder: TabularEncoder) -> Any:
     """The model's columns, for the registry."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-    inputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.double, name, required=False) for name in prepared.numeric]
-    inputs += [ColSpec(DataType.string, name, required=False) for name in prepared.categorical]
+    inputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.double, name, required=False) for name in encoder.numeric]
+    inputs += [ColSpec(DataType.string, name, required=False) for name in encoder.categorical]
     return ModelSignature(inputs=Schema(inputs), outputs=Schema([ColSpec(DataType.double, "probability")]))

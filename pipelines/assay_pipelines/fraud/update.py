@@ -321,7 +321,7 @@ def _registered(
         run,
         open_registry(options.config),
         save=lambda target: final.save(target, companions),
-        signature=signature_of(prepared),
+        signature=signature_of(prepared.data.encoder),
         gate=gate,
         metrics=sides["candidate"],
         baselines=baselines,

@@ -1,4 +1,4 @@
-"""The fraud model: a net on the MoE backbone and boosted trees, blended into one calibrated probability.
+"""The fraud model: a net on the MoE backbone, boosted trees, or both, blended into one calibrated probability.
 
 `FraudNet` is the torch module. `FraudModel` is what services and pipelines hold: net, trees, blend, calibration,
 decision policy and reference row, saved and loaded as an artifact.
@@ -25,7 +25,7 @@ from assay_platform.models.encoding import Columns, EncodedRows, TabularEncoder
 from assay_platform.models.explain import Origin, integrated_gradients, segments_for
 from assay_platform.models.trees import TreeEnsemble
 from assay_platform.moe import Backbone, BackboneConfig
-from assay_platform.moe.fences import Fence
+from assay_platform.moe.fences import Fence, Fences
 
 _SCORING_CHUNK = 8192
 
@@ -131,18 +131,23 @@ class Explanation(NamedTuple):
 class FraudModelParts:
     """All that a fraud model is made of; `replace` makes another model of it.
 
-    reference: the one row that explanations start from, such as the typical legitimate payment.
+    reference: the one row that explanations start from, such as the typical legitimate payment. net: None if trees
+    alone answer.
     """
 
-    net: FraudNet
     encoder: TabularEncoder
-    config: FraudNetConfig
     reference: EncodedRows
+    config: FraudNetConfig = field(default_factory=FraudNetConfig)
+    net: FraudNet | None = None
     trees: TreeEnsemble | None = None
     blend: Blend = field(default_factory=Blend)
     calibration: PlattCalibration = field(default_factory=PlattCalibration)
     policy: Policy = field(default_factory=Policy)
     amount: str | None = None  # the column that costs depend on
+
+    def __post_init__(self) -> None:
+        if (self.blend.net and self.net is None) or (self.blend.trees and self.trees is None):
+            raise ConfigError(f"blend {self.blend} has a part that the model lacks")
 
 
 class FraudModel:
@@ -150,10 +155,12 @@ class FraudModel:
 
     def __init__(self, parts: FraudModelParts) -> None:
         self.parts = parts
-        self._net = parts.net.eval().requires_grad_(False)
         self._trees = parts.trees if parts.blend.trees else None
         self._known_origin: tuple[tuple[Fence, ...], Origin] | None = None
-        self.fences = parts.net.backbone.guard()  # an expert that fails is left out, the others answer
+        self.fences: tuple[Fences, ...] = ()
+        if parts.net is not None:
+            parts.net.eval().requires_grad_(False)
+            self.fences = parts.net.backbone.guard()  # an expert that fails is left out, the others answer
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -174,7 +181,13 @@ class FraudModel:
     def num_parameters(self) -> int:
         """Trained weights of the net, leaves of the trees."""
         num_leaves = 0 if self._trees is None else int((self._trees.column < 0).sum())
-        return sum(p.numel() for p in self._net.parameters()) + num_leaves
+        net = self.parts.net
+        return num_leaves + (0 if net is None else sum(p.numel() for p in net.parameters()))
+
+    @property
+    def _net(self) -> FraudNet:
+        assert self.parts.net is not None  # whoever asks has seen that the blend has a net
+        return self.parts.net
 
     def encode(self, columns: Columns) -> EncodedRows:
         """Named columns → tensors."""
@@ -200,7 +213,9 @@ class FraudModel:
         return torch.cat(parts).double().numpy() if parts else np.empty(0)
 
     def net_slopes(self, rows: EncodedRows) -> NetSlopes:
-        """Gradients of the net's logits, for whoever attacks it. Trees have none."""
+        """Gradients of the net's logits, for whoever attacks it. Trees have none: without a net they are 0."""
+        if self.parts.net is None:
+            return NetSlopes(np.zeros(tuple(rows.values_NF.shape)), {})
         net, sizes = self._net, self.parts.encoder.cardinalities
         with torch.enable_grad():
             values_NF = rows.values_NF.detach().requires_grad_(True)
@@ -278,14 +293,14 @@ class FraudModel:
         """Write the artifact; see `artifact`."""
         parts = self.parts
         config = {
-            "net": asdict(parts.config),
+            "net": None if parts.net is None else asdict(parts.config),
             "encoder": {k: v for k, v in asdict(parts.encoder).items() if not k.startswith("_")},
             "blend": asdict(parts.blend),
             "calibration": asdict(parts.calibration),
             "policy": asdict(parts.policy),
             "amount": parts.amount,
         }
-        tensors = {f"net.{name}": tensor for name, tensor in self._net.state_dict().items()}
+        tensors = {} if parts.net is None else {f"net.{k}": tensor for k, tensor in self._net.state_dict().items()}
         tensors |= {"reference.values": parts.reference.values_NF, "reference.codes": parts.reference.codes_NC}
         if self._trees is not None:
             tensors |= {f"trees.{name}": tensor for name, tensor in self._trees.to_tensors().items()}
@@ -300,7 +315,10 @@ class FraudModel:
         """
         config, tensors = load_artifact(folder, kind="fraud")
         try:
-            net_config = FraudNetConfig(**{**config["net"], "backbone": BackboneConfig(**config["net"]["backbone"])})
+            net_config = FraudNetConfig()
+            if config["net"] is not None:
+                backbone = BackboneConfig(**config["net"]["backbone"])
+                net_config = FraudNetConfig(**{**config["net"], "backbone": backbone})
             encoder = TabularEncoder(
                 numeric=tuple(config["encoder"]["numeric"]),
                 categorical=tuple(config["encoder"]["categorical"]),
@@ -316,16 +334,20 @@ class FraudModel:
             reference = EncodedRows(tensors["reference.values"], tensors["reference.codes"])
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise ArtifactError(f"{folder}: config.json does not describe a fraud model: {error}") from error
-        edges = torch.zeros(len(encoder.numeric), net_config.num_bins + 1)
-        net = FraudNet(edges, encoder.cardinalities, net_config)
-        load_weights(net, _under("net.", tensors), folder)
+        net = None
+        if config["net"] is not None:
+            edges = torch.zeros(len(encoder.numeric), net_config.num_bins + 1)
+            net = FraudNet(edges, encoder.cardinalities, net_config)
+            load_weights(net, _under("net.", tensors), folder)
         trees = TreeEnsemble.from_tensors(_under("trees.", tensors), len(encoder.names)) if blend.trees else None
-        return FraudModel(
-            FraudModelParts(
+        try:
+            parts = FraudModelParts(
                 net=net, encoder=encoder, config=net_config, reference=reference, trees=trees, blend=blend,
                 calibration=calibration, policy=policy, amount=amount,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        except ConfigError as error:
+            raise ArtifactError(f"{folder}: {error}") from error
+        return FraudModel(parts)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
