@@ -1,5 +1,7 @@
 """The training loop keeps the best weights and can be stopped."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -256,3 +258,27 @@ def test_a_checkpoint_of_another_form_is_none(tmp_path: Path) -> None:
 
     assert all(len(train(*form).history) == 2 for form in ((2, 0), (3, 0), (3, 2), (3, 0)))
     assert len(train(3, 0, num_epochs=5).history) == 5
+
+
+def test_what_a_step_frees_stays_with_the_process() -> None:
+    # In a process of its own: it cannot be taken back.
+    code = """
+import resource, torch
+from assay_platform.training.memory import keep_freed_memory
+def faults(rounds=40):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        parts = [torch.ones(1 << 20) for _ in range(4)]
+        del parts
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.ones(1)
+given_back = faults()
+kept = keep_freed_memory()
+faults(2)
+print(int(kept), given_back, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, given_back, after = (int(number) for number in done.stdout.split())
+    if not kept:
+        pytest.skip("another C library")
+    assert after < given_back / 10

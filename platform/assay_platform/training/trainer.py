@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from assay_platform.errors import ConfigError
 from assay_platform.training.checkpoint import Checkpoint
+from assay_platform.training.memory import keep_freed_memory
 from assay_platform.training.offload import OffloadedAdamW
 
 Batch = TypeVar("Batch")
@@ -126,6 +127,7 @@ def fit(
     called with (epoch from 1, metric); may raise StopTraining. units: see `OffloadedAdamW`.
     checkpoint: goes on where an earlier call stopped. generators: that batches are drawn with; torch's own is kept too.
     """
+    keep_freed_memory()
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(trained, config, units)
     isolatings = [m for m in module.modules() if isinstance(m, IsolatesGradients)]
