@@ -77,13 +77,14 @@ def run_search(
     max_epochs: int,
     portfolio: Sequence[Mapping[str, Any]] = (),
     num_parallel: int = 2,
+    problem: str = "",
 ) -> SearchResult:
     """Search on Ray within the budget; every trial becomes a child run, figures show how it went.
 
     It starts from the defaults, from what was best in earlier searches over tables of a like size, and from the points
-    of a portfolio.
+    of a portfolio. problem: what trials have to share to be comparable, besides table and seed.
     """
-    num_rows, identity = int(run.params["rows"]), f"{run.tags['assay.data_sha256']}:{options.seed}"
+    num_rows, identity = int(run.params["rows"]), f"{run.tags['assay.data_sha256']}:{options.seed}{problem}"
     earlier = run.earlier_searches(list(space), tag="assay.application", param="rows")
     earlier.sort(key=lambda one: abs(math.log(max(1.0, float(one["rows"])) / max(1, num_rows))))
     points = [{n: read_value(space[n], one[f"best.{n}"]) for n in space} for one in earlier[:_MOST_EARLIER]]

@@ -1,6 +1,7 @@
 """AutoML: what a column is, where a table is cut, what is learned from whom, one fast model at the end."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from assay_features.schema import FraudSchema, Split, TableSchema, read_labelled
 from assay_pipelines.automl import run_automl
 from assay_pipelines.automl.ensemble import select
 from assay_pipelines.automl.families import DEFAULT, FAMILIES, PORTFOLIO, Known, available, fit, flags, space_of
-from assay_pipelines.automl.student import graduate, study, targets_of
+from assay_pipelines.automl.student import graduate, plan, study, targets_of
 from assay_pipelines.automl.table import CleanTable, cuts, kind_of, order_of, read_table
 from assay_pipelines.automl.trials import Candidate, Fold, TrialData, candidates, folds_of, objective
 from assay_pipelines.cli import main
@@ -35,7 +36,8 @@ def tumours() -> pd.DataFrame:
     """569 real tumours (Wisconsin, 1995), with a hospital that none of the numbers knows."""
     found = load_breast_cancer(as_frame=True)
     frame = found.frame.rename(columns={"target": "benign"})
-    return frame.assign(hospital=[f"h{n % 40}" for n in range(len(frame))])
+    size = np.where(frame["mean radius"] > 15, "large", "small")
+    return frame.assign(hospital=[f"h{n % 40}" for n in range(len(frame))], size=size, ward=np.arange(len(frame)) % 7)
 
 
 @pytest.fixture
@@ -57,6 +59,12 @@ def table(tmp_path: Path) -> Path:
         ([True, False, True], "categorical"),
         ([1, 2, 2, 5], "numeric"),
         (["12", "unknown", "7"], "categorical"),
+        ([*(str(n / 7) for n in range(300)), "broken"], "numeric"),
+        ([*(n / 7 for n in range(300)), np.inf], "numeric"),
+        ([date(2024, 1, day) for day in (1, 2, 3)], None),
+        ([[1], [2]], None),
+        ([b"a", b"b"], None),
+        (["x" * 300, "y"], None),
         (["same", "same"], None),
         ([None, None], None),
         (["2024-01-01T10:00:00", "2024-01-02T11:30:00"], None),
@@ -122,7 +130,8 @@ def test_a_column_that_is_not_what_the_schema_says_is_named_with_its_row(tmp_pat
         ({}, {"numeric": ("absent",)}, "no column 'absent'"),
         ({"y": ["a", "b", "c", "d"] * 100}, {"positive": "a"}, r"4 labels \(a, b, c, d\); two are allowed"),
         ({"y": ["maybe"] * 400}, {}, "'maybe' is not a label"),
-        ({"y": ["no"] * 400}, {"positive": "yes"}, "only the label 0"),
+        ({"y": ["+", "-"] * 200}, {"positive": "yes"}, r"is never 'yes'; it has \+, -"),
+        ({"y": ["no"] * 400}, {"positive": "no"}, "only the label 1"),
         ({"y": ["yes"] + ["no"] * 399}, {"positive": "yes"}, "part has"),
     ],
 )
@@ -131,6 +140,54 @@ def test_a_table_that_cannot_be_learned_from_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read(tmp_path / "m.csv", messy().assign(**change), **columns)
+
+
+@pytest.mark.parametrize(("values", "positive"), [(["+", "-"], "-"), ([1.0, 2.0], "2"), ([True, False], "true")])
+def test_a_label_is_taken_as_it_is_written(tmp_path: Path, values: list[Any], positive: str) -> None:
+    frame = messy().assign(y=values * 200)
+    table = read(tmp_path / "m.csv", frame, positive=positive)
+    assert table.labels.mean() == 0.5
+
+
+def test_columns_that_nobody_named_do_no_harm(tmp_path: Path) -> None:
+    frame = messy(300).assign(
+        y=[True, False] * 150, list=[[n] for n in range(300)], day=[date(2024, 1, 1 + n % 28) for n in range(300)],
+        late=[np.nan] * 250 + list(range(50)), huge=[np.inf, 1.0, 2.5] * 100,
+    )  # fmt: skip
+    path = tmp_path / "m.parquet"
+    frame.to_parquet(path)
+    table = read_table(path, TableSchema(label="y", ignore=("known_later",)), seed=0)
+    assert table.numeric == ("size", "late", "huge")
+    told = "\n".join(table.notes)
+    for words in ("list: left out", "day: left out, it holds moments", "huge: 100 values that are no finite numbers"):
+        assert words in told
+
+
+def test_few_different_rows_are_no_copies(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"kind": ["a", "b", "c"] * 200, "y": np.random.default_rng(0).integers(0, 2, 600)})
+    table = read(tmp_path / "m.csv", frame)
+    assert len(set(table.columns["kind"][: table.num_train]) & set(table.columns["kind"][-50:])) == 3
+    assert "may be in several parts" in table.notes[-1]
+
+
+def test_groups_in_time_tell_how_much_they_overlap(tmp_path: Path) -> None:
+    frame = messy().assign(when=np.arange(400), who=np.arange(400) // 10)
+    table = read(tmp_path / "m.csv", frame, positive="yes", timestamp="when", group="who")
+    assert "0 rows learned from are later than a test row" in "\n".join(table.notes)
+    late = read(
+        tmp_path / "m.csv", frame.assign(who=np.arange(400) % 40), positive="yes", timestamp="when", group="who"
+    )
+    assert " 0 rows learned" not in "\n".join(late.notes)
+
+
+def test_a_fold_without_one_class_is_left_out() -> None:
+    labels = np.zeros(100, dtype=bool)
+    labels[[3, 50, 90]] = True
+    folds = folds_of(80, 20, in_time=False, labels=labels)
+    assert [fold.held[0] for fold in folds] == [0, 40, 80]
+    labels[:] = False
+    labels[[3, 90]] = True
+    assert [fold.held[0] for fold in folds_of(80, 20, in_time=True, labels=labels)] == [80]
 
 
 def test_rows_that_say_the_same_stay_together(tmp_path: Path) -> None:
@@ -239,7 +296,8 @@ def test_a_trial_keeps_what_it_says_of_rows_that_it_has_not_seen(tmp_path: Path)
     objective(params, data, lambda epoch, metric: told.append(metric))
     trials = [TrialResult(0, params, told[0], [(1, told[0])], {}, "done", 1.0),
               TrialResult(1, DEFAULT, 0.9, [(1, 0.9)], {}, "cut", 1.0)]  # fmt: skip
-    found = candidates(trials, space_of(FAMILIES), data.folder)
+    found = candidates(trials, space_of(FAMILIES), data.folder, len(rows))
+    assert not candidates(trials, space_of(FAMILIES), data.folder, len(rows) + 1)
     assert [one.params["family"] for one in found] == ["linear"]
     assert not np.isnan(found[0].logits).any()
     assert told[0] == pytest.approx(
@@ -271,15 +329,22 @@ def test_targets_mix_what_happened_with_what_was_thought() -> None:
 def test_a_student_with_little_time_grows_fewer_trees() -> None:
     _, rows = encoded(tumours().sample(frac=1.0, random_state=0), "benign")
     numbers, labels = rows.rows.numbers(), flags(rows)
-    studied = study(DEFAULT, numbers, labels, folds_of(400, 100, in_time=False), seed=0, threads=1, seconds=60)
-    whole, hurried = (
-        graduate(
-            DEFAULT, numbers, labels.astype(float), studied._replace(tree_row_s=1e-6), seed=0, threads=1, seconds=s
-        )
-        for s in (1e9, 1e-6 * 1.3 * len(labels) * 10)
-    )
-    assert len(hurried) == 10 < len(whole)
-    assert auc(labels, hurried.logits(numbers)) > 0.97
+    folds = folds_of(400, 100, in_time=False)
+    studied = study(DEFAULT, numbers, labels, folds, seed=0, threads=1, seconds=60)._replace(tree_row_s=1e-6)
+    targets = labels.astype(np.float64)
+    whole = plan(DEFAULT, studied, targets, seconds=1e9)
+    hurried = plan(DEFAULT, studied, targets, seconds=1e-6 * 1.3 * len(labels) * 10.5)
+    assert (whole.is_cut, hurried.is_cut, hurried.num_trees) == (False, True, 10)
+    assert hurried.rate > whole.rate
+    trees = graduate(DEFAULT, numbers, targets, hurried, seed=0, threads=1, seconds=60)
+    assert len(trees) == 10
+    assert auc(labels, trees.logits(numbers)) > 0.97
+    stopped = graduate(DEFAULT, numbers, targets, whole, seed=0, threads=1, seconds=0.0)
+    assert len(stopped) < 10
+    # What it gives is measured with as many trees and the same steps.
+    seen = study(DEFAULT, numbers, labels, folds, seed=0, threads=1, seconds=60, planned=hurried)
+    assert seen.num_trees == 10
+    assert 0.9 < seen.score <= studied.score + 0.01
 
 
 # ---------------------------------------------------------------------- the whole way
@@ -308,8 +373,12 @@ def test_a_table_becomes_a_registered_model_with_a_card(
         assert words in told
     mlflow.set_tracking_uri(config.tracking_uri)
     model = mlflow.pyfunc.load_model("models:/table-tumours@champion")
-    frame = tumours()
-    assert auc(frame["benign"].to_numpy() == 1, model.predict(frame.drop(columns=["benign", "hospital"]))) > 0.97
+    frame = pd.read_csv(table)
+    scores = model.predict(frame.drop(columns=["benign", "hospital"]))
+    assert auc(frame["benign"].to_numpy() == 1, scores) > 0.97
+    # Types are the table's, not those that MLflow would have guessed.
+    written = frame.astype({"mean area": int}).assign(size=frame["size"].map(" {} ".format))
+    assert np.abs(model.predict(written) - scores).max() < 0.2
     # The same command goes on with what it has: no trial is left to run.
     with pytest.raises(SystemExit) as ended:
         main([*call, "--search", "night"])

@@ -137,15 +137,30 @@ def lightgbm_params(params: Params, *, threads: int, seed: int) -> dict[str, Any
     }  # fmt: skip
 
 
+class BestRound:
+    """A callback of LightGBM that remembers the round with the smallest loss, and ends a training in time."""
+
+    def __init__(self, until: float, goes_on: Callable[[], bool] = lambda: True) -> None:
+        self._until, self._goes_on = until, goes_on
+        self._loss, self.size = float("inf"), 1
+
+    def __call__(self, env: Any) -> None:
+        """After each round."""
+        from lightgbm.callback import EarlyStopException
+
+        loss = float(env.evaluation_result_list[0][2])
+        if loss < self._loss:
+            self._loss, self.size = loss, env.iteration + 1
+        if time.monotonic() > self._until or not self._goes_on():
+            raise EarlyStopException(self.size - 1, env.evaluation_result_list)
+
+
 def _fit_lightgbm(
     params: Params, known: Known, train: LabelledRows, held: LabelledRows, seed: int, goes_on: Callable[[], bool]
 ) -> Fitted:
     import lightgbm as lgb
 
-    def watch(env: Any) -> None:
-        if not goes_on():
-            raise lgb.callback.EarlyStopException(env.iteration, env.evaluation_result_list)
-
+    best = BestRound(until=float("inf"), goes_on=goes_on)
     numbers = held.rows.numbers()
     data = lgb.Dataset(train.rows.numbers(), flags(train))
     booster = lgb.train(
@@ -153,10 +168,9 @@ def _fit_lightgbm(
         data,
         num_boost_round=_MAX_TREES,
         valid_sets=[lgb.Dataset(numbers, flags(held), reference=data)],
-        callbacks=[lgb.early_stopping(_PATIENCE, verbose=False), watch],
+        callbacks=[lgb.early_stopping(_PATIENCE, verbose=False), best],
     )
-    size = booster.best_iteration or booster.current_iteration()
-    return Fitted(np.asarray(booster.predict(numbers, raw_score=True, num_iteration=size)), size)
+    return Fitted(np.asarray(booster.predict(numbers, raw_score=True, num_iteration=best.size)), best.size)
 
 
 def _fit_catboost(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from assay_features.schema import FraudSchema, TableSchema
+from assay_platform.errors import InputError, WorkError
 from assay_platform.models.calibration import fit_platt
 from assay_platform.models.decisions import Policy
 from assay_platform.models.encoding import typical_row
@@ -27,7 +28,7 @@ from assay_pipelines.automl.card import Card, model_card
 from assay_pipelines.automl.ensemble import Ensemble, select
 from assay_pipelines.automl.families import DEFAULT, PORTFOLIO, Known, available, flags, space_of
 from assay_pipelines.automl.prepare import Learnable, prepare
-from assay_pipelines.automl.student import Studied, graduate, study, targets_of
+from assay_pipelines.automl.student import Studied, graduate, plan, study, targets_of
 from assay_pipelines.automl.trials import Candidate, TrialData, candidates, folds_of, objective
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.adversary import Robustness
@@ -72,7 +73,7 @@ def run_automl(options: RunOptions, reporter: Reporter) -> tuple[RunReport, str]
     with tracked_run(
         options,
         reporter,
-        fingerprint=learnable.identity,
+        fingerprint=learnable.fingerprint,
         plan_version="" if learnable.events is None else learnable.events.plan.version,
         num_rows=num_rows,
     ) as run:
@@ -108,7 +109,7 @@ def run_automl(options: RunOptions, reporter: Reporter) -> tuple[RunReport, str]
             run,
             registry,
             save=lambda folder: _save(model, folder, companions, text),
-            signature=signature_of(learnable.encoder),
+            signature=signature_of(learnable.encoder, as_written=learnable.events is None),
             gate=gate,
             metrics={**metrics, "num_parameters": model.num_parameters},
             baselines={},
@@ -137,7 +138,9 @@ def _search_and_train(options: RunOptions, reporter: Reporter, run: Any, learnab
     dev = learnable.rows.take(learnable.learned)
     labels, threads = flags(dev), len(os.sched_getaffinity(0))
     search_s = left_s(_SEARCH_END)
-    folds = folds_of(learnable.num_train, learnable.num_validation, in_time=learnable.in_time, starts=learnable.starts)
+    folds = folds_of(
+        learnable.num_train, learnable.num_validation, in_time=learnable.in_time, starts=learnable.starts, labels=labels
+    )
     num_fit_rows = _num_fit_rows(search_s / len(folds), len(learnable.encoder.names))
     folds = tuple(fold.at_most(num_fit_rows) for fold in folds)
     families = available()
@@ -145,10 +148,11 @@ def _search_and_train(options: RunOptions, reporter: Reporter, run: Any, learnab
         reporter.line("CatBoost is not installed, so it is not among the families: pip install 'assay[automl]'")
     space = space_of(families)
     known = Known(encoder=learnable.encoder, edges=learnable.edges)
-    with _answers(options) as folder:
+    found: list[Candidate] = []
+    with _answers(options, learnable.problem) as folder:
         fit_s = _LONGEST_TRIAL * search_s / len(folds)
-        found = candidates(
-            run_search(
+        try:
+            trials = run_search(
                 replace(options, budget_s=search_s),
                 reporter,
                 run,
@@ -159,10 +163,11 @@ def _search_and_train(options: RunOptions, reporter: Reporter, run: Any, learnab
                 max_epochs=1,
                 portfolio=[{**DEFAULT, **point} for point in PORTFOLIO if point["family"] in families],
                 num_parallel=threads,
-            ).trials,
-            space,
-            folder,
-        )
+                problem=learnable.problem,
+            ).trials
+            found = candidates(trials, space, folder, len(labels))
+        except WorkError as error:
+            reporter.line(f"no trial came to an end, the default trees are trained: {error}")
     ensemble = None
     if found:
         with reporter.stage("ensemble", "Select an ensemble") as stage:
@@ -178,11 +183,21 @@ def _search_and_train(options: RunOptions, reporter: Reporter, run: Any, learnab
         stage.update(1.0, f"AUC {studied.score:.4f}, {studied.num_trees} trees")
     with reporter.stage("distil", "Distil into one model") as stage:
         targets = labels.astype(np.float64) if ensemble is None else targets_of(labels, ensemble.logits)
+        planned = plan(best, studied, targets, seconds=left_s(_TRAINING_END))
+        if planned.is_cut:
+            # What a hurried training gives is seen on rows that it has not seen, too; that takes a part of the time.
+            share = len(targets) / (len(targets) + sum(len(fold.fit) for fold in folds))
+            planned = plan(best, studied, targets, seconds=share * left_s(_TRAINING_END))
+            studied = study(
+                best, numbers, labels, folds, seed=options.seed, threads=threads, planned=planned,
+                seconds=(1 - share) * left_s(_TRAINING_END),
+            )  # fmt: skip
         trees = graduate(
-            best, numbers, targets, studied, seed=options.seed, threads=threads, seconds=left_s(_TRAINING_END),
+            best, numbers, targets, planned, seed=options.seed, threads=threads, seconds=left_s(_TRAINING_END),
             on_progress=stage.update,
         )  # fmt: skip
-        stage.update(1.0, f"{len(trees)} trees")
+        hurried = ", fewer and larger steps for want of time" if planned.is_cut else ""
+        stage.update(1.0, f"{len(trees)} trees{hurried}")
     held = ~np.isnan(studied.logits)
     calibration = fit_platt(studied.logits[held], labels[held])
     schema = options.schema
@@ -207,11 +222,11 @@ def _num_fit_rows(fold_s: float, num_columns: int) -> int:
 
 
 @contextmanager
-def _answers(options: RunOptions) -> Iterator[Path]:
+def _answers(options: RunOptions, problem: str) -> Iterator[Path]:
     """Where trials keep their answers: below ASSAY_HOME, which all nodes share; for good, if the search has a name."""
     folder = options.config.paths.searches
     if options.search_name is not None:
-        yield folder / f"{options.model_name}-{options.search_name}-answers"
+        yield folder / f"{options.model_name}-{options.search_name}-answers" / problem
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="answers-", dir=folder) as scratch:
@@ -233,7 +248,7 @@ def _attacked(options: RunOptions, reporter: Reporter, learnable: Learnable, mod
 def _gate(
     options: RunOptions, reporter: Reporter, learnable: Learnable, chosen: _Chosen, robustness: Robustness | None
 ) -> GateReport:
-    """As every fraud model: better than the champion on rows that neither was trained on, calibrated, robust."""
+    """As every fraud model: better than the champion on rows that it was not trained on, calibrated, robust."""
     labels = flags(learnable.rows.take(learnable.learned))
     logits = chosen.studied.logits
     seen: NDArray[np.bool_] = ~np.isnan(logits)
@@ -246,12 +261,14 @@ def _gate(
         events = learnable.events
         if events is not None:
             return validation_ap(folder, options.feature_repository, events, already_learned)
-        model = FraudModel.load(folder)
-        rows = learnable.rows.take(slice(learnable.num_train, learnable.learned.stop))
-        return average_precision(flags(rows), model.logits(rows.rows))
+        already_learned.append(
+            "the champion comes from another table, schema or split, and may have learned from rows of this one, so a "
+            "person has to decide"
+        )
+        raise InputError(already_learned[0])
 
     champion, champion_version = champion_metric(
-        options, open_registry(options.config), fingerprint=learnable.identity, measure=measure, reporter=reporter
+        options, open_registry(options.config), fingerprint=learnable.fingerprint, measure=measure, reporter=reporter
     )
     return check_candidate(
         metric=_METRIC,

@@ -2,6 +2,7 @@
 
 # N rows, in the order that the table is split in
 
+import hashlib
 import time
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ _DISCOVERY_SHARE, _ENOUGH_S = 0.2, 900.0
 class Learnable:
     """Encoded rows and where they are split: train, validation, then test.
 
+    fingerprint: of the table, as the registry compares it. problem: a digest of all that makes trials comparable.
     edges: quantiles of the numeric columns. starts (N,): where groups begin, if rows are grouped. events: the prepared
     run of a table of events. notes: what was done to the table, and seen.
     """
@@ -41,7 +43,8 @@ class Learnable:
     num_validation: int
     in_time: bool
     starts: NDArray[np.bool_] | None
-    identity: str
+    fingerprint: str
+    problem: str
     notes: tuple[str, ...]
     events: Prepared | None = None
 
@@ -77,7 +80,9 @@ def prepare(options: RunOptions, reporter: Reporter) -> Learnable:
         num_validation=len(prepared.validation),
         in_time=True,
         starts=None,
-        identity=f"{prepared.table.fingerprint}:{len(prepared.events)}:{prepared.plan.version}",
+        # As a run of `assay run fraud` says it, so that champions of either are compared by what was recorded.
+        fingerprint=f"{prepared.table.fingerprint}:{len(prepared.events)}",
+        problem=_digest(options, prepared.table.fingerprint, prepared.plan.version, len(prepared.events)),
         notes=tuple(notes),
         events=prepared,
     )
@@ -137,6 +142,7 @@ def _of_columns(options: RunOptions, schema: TableSchema, reporter: Reporter) ->
             max_categories=_MAX_CATEGORIES,
         )
         rows = LabelledRows(encoder.apply(table.columns), torch.from_numpy(table.labels.astype(np.float32)))
+    problem = _digest(options, table.fingerprint, encoder.names, len(table.labels))
     return Learnable(
         encoder=encoder,
         edges=edges,
@@ -145,6 +151,12 @@ def _of_columns(options: RunOptions, schema: TableSchema, reporter: Reporter) ->
         num_validation=table.num_validation,
         in_time=table.in_time,
         starts=table.starts,
-        identity=f"{table.fingerprint}:{len(table.labels)}",
+        fingerprint=f"{table.fingerprint}:{problem}",
+        problem=problem,
         notes=table.notes,
     )
+
+
+def _digest(options: RunOptions, *parts: object) -> str:
+    """What of a search may be compared with another: the same table, schema, split and inputs."""
+    return hashlib.sha256(repr((options.schema, options.seed, *parts)).encode()).hexdigest()[:12]

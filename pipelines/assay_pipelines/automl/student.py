@@ -19,7 +19,7 @@ from assay_platform.models.calibration import sigmoid
 from assay_platform.models.trees import TreeEnsemble
 from numpy.typing import NDArray
 
-from assay_pipelines.automl.families import Params, lightgbm_params
+from assay_pipelines.automl.families import BestRound, Params, lightgbm_params
 from assay_pipelines.automl.trials import Fold, score
 
 Floats = NDArray[np.float64]
@@ -33,6 +33,7 @@ _MAX_TREES, _PATIENCE = 2000, 60
 # More rows, more to learn from them.
 _REFIT_FACTOR, _ROWS_POWER = 1.1, 0.3
 _FEW_ROWS = 20_000
+_LARGEST_RATE = 0.3
 # A larger table takes longer a row than a small one, which fits into caches.
 _SLOWER = 1.3
 
@@ -48,6 +49,14 @@ class Studied(NamedTuple):
     num_trees: int
     num_rows: int
     tree_row_s: float
+
+
+class Plan(NamedTuple):
+    """Of the last training. is_cut: whether time allowed for fewer trees than were wanted, with larger steps."""
+
+    num_trees: int
+    rate: float
+    is_cut: bool
 
 
 def targets_of(labels: Flags, thoughts: Floats, share: float = _THOUGHT) -> Floats:
@@ -67,30 +76,33 @@ def study(
     seed: int,
     threads: int,
     seconds: float,
+    planned: Plan | None = None,
     on_progress: Callable[[float], None] = lambda _done: None,
 ) -> Studied:
-    """Trees with these parameters on each fold, by the labels, within so many seconds."""
+    """Trees with these parameters on each fold, by the labels, within so many seconds.
+
+    planned: given, so many trees with such steps, instead of as many as are best: what a hurried training will give.
+    """
     import lightgbm as lgb
 
-    def watch(env: Any) -> None:
-        if time.perf_counter() - began > seconds / len(folds):
-            raise lgb.callback.EarlyStopException(env.iteration, env.evaluation_result_list)
-
+    most = _MAX_TREES if planned is None else planned.num_trees
+    params = params if planned is None else {**params, "rate": planned.rate}
     boosters, sizes, spent_s, work = [], [], 0.0, 0
     for number, fold in enumerate(folds, 1):
         data = lgb.Dataset(numbers[fold.fit], labels[fold.fit].astype(np.float32))
         held = lgb.Dataset(numbers[fold.held], labels[fold.held].astype(np.float32), reference=data)
         began = time.perf_counter()
+        best = BestRound(until=time.monotonic() + seconds / len(folds))
         booster = lgb.train(
             _parameters(params, len(fold.fit), threads, seed),
             data,
-            num_boost_round=_MAX_TREES,
+            num_boost_round=most,
             valid_sets=[held],
-            callbacks=[lgb.early_stopping(_PATIENCE, verbose=False), watch],
+            callbacks=[best] if planned is not None else [lgb.early_stopping(_PATIENCE, verbose=False), best],
         )
         spent_s, work = spent_s + time.perf_counter() - began, work + booster.current_iteration() * len(fold.fit)
         boosters.append(booster)
-        sizes.append(booster.best_iteration or booster.current_iteration())
+        sizes.append(booster.current_iteration() if planned is not None else best.size)
         on_progress(number / len(folds))
     size = max(1, round(float(np.mean(sizes))))
     logits = np.full(len(labels), np.nan)
@@ -101,31 +113,42 @@ def study(
     return Studied(logits, score(labels, logits, folds), size, num_rows, spent_s / max(1, work))
 
 
+def plan(params: Params, studied: Studied, targets: Floats, *, seconds: float) -> Plan:
+    """How many trees: as many as were best, more of them for more rows; within so many seconds."""
+    is_soft = bool(((targets > 0) & (targets < 1)).mean() > 0.5)
+    more = _REFIT_FACTOR * (_MORE_TREES if is_soft else 1.0) * (len(targets) / studied.num_rows) ** _ROWS_POWER
+    wanted = max(1, round(more * studied.num_trees))
+    possible = int(seconds / max(1e-12, _SLOWER * studied.tree_row_s * len(targets)))
+    num_trees = max(1, min(wanted, possible))
+    return Plan(num_trees, min(_LARGEST_RATE, params["rate"] * wanted / num_trees), num_trees < wanted)
+
+
 def graduate(
     params: Params,
     numbers: Numbers,
     targets: Floats,
-    studied: Studied,
+    plan: Plan,
     *,
     seed: int,
     threads: int,
     seconds: float,
     on_progress: Callable[[float], None] = lambda _done: None,
 ) -> TreeEnsemble:
-    """A student of all rows, within so many seconds: with too few of them, fewer trees take larger steps."""
+    """A student of all rows. seconds: after so many no tree is added, planned or not."""
     import lightgbm as lgb
 
-    is_soft = bool(((targets > 0) & (targets < 1)).mean() > 0.5)
-    more = _REFIT_FACTOR * (_MORE_TREES if is_soft else 1.0) * (len(targets) / studied.num_rows) ** _ROWS_POWER
-    wanted = max(1, round(more * studied.num_trees))
-    possible = int(seconds / max(1e-12, _SLOWER * studied.tree_row_s * len(targets)))
-    num_trees = max(1, min(wanted, possible))
-    rate = min(0.3, params["rate"] * wanted / num_trees)
+    began = time.perf_counter()
+
+    def watch(env: Any) -> None:
+        on_progress(env.iteration / plan.num_trees)
+        if time.perf_counter() - began > seconds:
+            raise lgb.callback.EarlyStopException(env.iteration, [])
+
     booster = lgb.train(
-        _parameters({**params, "rate": rate}, len(targets), threads, seed),
+        _parameters({**params, "rate": plan.rate}, len(targets), threads, seed),
         lgb.Dataset(numbers, targets),
-        num_boost_round=num_trees,
-        callbacks=[lambda env: on_progress(env.iteration / num_trees)],
+        num_boost_round=plan.num_trees,
+        callbacks=[watch],
     )
     return TreeEnsemble.from_lightgbm(booster)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from assay_features.events import timestamp_us
+from assay_features.events import MAX_KEY_LENGTH, canonical_key, timestamp_us
 from assay_features.schema import Split, TableSchema
 from assay_platform.errors import DataError
 from numpy.typing import NDArray
@@ -31,6 +31,11 @@ from assay_pipelines.fraud.evaluate import auc
 # What people write where they know nothing.
 _MISSING = ("", "?", "-", "na", "n/a", "nan", "null", "none", "missing")
 _ID_SHARE, _MIN_ROWS = 0.95, 100
+# Of a column of text, so many values have to be numbers.
+_NUMBERS_SHARE = 0.99
+_NOT_SCALAR = ("bytes", "mixed", "complex", "interval", "period")
+# With fewer different rows among all, rows are alike because there is little to tell, not because they are copies.
+_COPIES_BELOW = 0.1
 _LOOKED_AT = 1000
 # A column that orders the labels so well alone is usually known only afterwards.
 _TOO_GOOD = 0.999
@@ -68,10 +73,12 @@ def read_table(path: Path, schema: TableSchema, *, seed: int, max_rows: int | No
     Raises:
         DataError: the file cannot be read, a column is missing, a value does not fit, or a part has one class only.
     """
-    frame = read_frame(path)
+    frame = read_frame(path).reset_index(drop=True)
     _require(frame, schema, path)
+    unused = {name for name in (*schema.ignore, schema.id) if name is not None}
+    frame = frame[[name for name in frame.columns if name not in unused - {schema.group, schema.timestamp}]]
     notes: list[str] = []
-    frame = _without_markers(frame, notes)
+    frame = _without_markers(frame, schema, notes)
     unlabelled = frame[schema.label].isna().to_numpy()
     if unlabelled.any():
         notes.append(f"{unlabelled.sum():,} rows without a label are left out")
@@ -79,7 +86,7 @@ def read_table(path: Path, schema: TableSchema, *, seed: int, max_rows: int | No
     if frame.empty:
         raise DataError(f"{path}: has no rows with a label")
     labels = both_classes(_labels(frame[schema.label], schema, path), schema.label, path)
-    numeric, categorical = _inputs(frame, schema, notes)
+    frame, numeric, categorical = _inputs(frame, schema, notes)
     if not numeric and not categorical:
         raise DataError(f"{path}: no column is left that a model could use: {'; '.join(notes)}")
     # A timestamp may be an input too, by its own detection; here it orders rows.
@@ -100,6 +107,12 @@ def read_table(path: Path, schema: TableSchema, *, seed: int, max_rows: int | No
         order, starts = order[-max_rows:], starts[-max_rows:].copy()
         starts[0] = True
     num_train, num_validation = cuts(starts, schema.split)
+    if time_us is not None and group is not None:
+        ordered, end = time_us[order], num_train + num_validation
+        late = int((ordered[:end] >= ordered[end:].min()).sum()) if end < len(ordered) else 0
+        notes.append(
+            f"groups are split whole, by their first row: {late:,} rows learned from are later than a test row"
+        )
     table = CleanTable(
         columns={name: columns[name][order] for name in (*numeric, *categorical)},
         numeric=numeric,
@@ -131,13 +144,20 @@ def _require(frame: pd.DataFrame, schema: TableSchema, path: Path) -> None:
             raise DataError(f"{path}: has no column {name!r}, which the schema names; it has {shown}")
 
 
-def _without_markers(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Text without spaces around it; what stands for nothing is missing."""
+def _without_markers(frame: pd.DataFrame, schema: TableSchema, notes: list[str]) -> pd.DataFrame:
+    """Text without spaces around it; what stands for nothing is missing. A label may be '-' or 'none'."""
     cleaned, num_marked = {}, 0
     for name in frame.columns:
         column = frame[name]
+        if name == schema.label and schema.positive is not None:
+            cleaned[name] = _canonical(column)
+            continue
         if column.dtype == object or isinstance(column.dtype, pd.StringDtype):
-            codes, distinct = pd.factorize(column)
+            try:
+                codes, distinct = pd.factorize(column)
+            except TypeError:  # lists and the like; `kind_of` says so
+                cleaned[name] = column
+                continue
             words = [value.strip() if isinstance(value, str) else value for value in distinct]
             is_marker = np.array([isinstance(v, str) and v.lower() in _MISSING for v in words], dtype=bool)
             marked = np.r_[is_marker, False][codes]
@@ -151,67 +171,106 @@ def _without_markers(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return pd.DataFrame(cleaned, index=frame.index)
 
 
+def _canonical(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Values as the schema file writes them."""
+    codes, distinct = pd.factorize(column)
+    words = np.array([*(_word(value) for value in distinct.tolist()), None], dtype=object)
+    return pd.Series(words[codes], index=column.index, name=column.name, dtype=object)
+
+
+def _word(value: Any) -> str | None:
+    word = canonical_key(value.strip() if isinstance(value, str) else value) or None
+    return word.lower() if word is not None and word.lower() in ("true", "false") else word
+
+
 def _labels(series: "pd.Series[Any]", schema: TableSchema, path: Path) -> NDArray[np.bool_]:
     if schema.positive is None:
         return parsed_labels(series, path)
-    values = series.astype(str)
-    if values.nunique() > 2:
-        shown = ", ".join(sorted(values.unique())[:5])
-        raise DataError(f"{path}: column {series.name!r} has {values.nunique()} labels ({shown}); two are allowed")
-    return (values == schema.positive).to_numpy()
+    values = sorted(series.unique())
+    if len(values) > 2:
+        raise DataError(
+            f"{path}: column {series.name!r} has {len(values)} labels ({', '.join(values[:5])}); two are allowed"
+        )
+    positive = _word(schema.positive)
+    if positive not in values:
+        raise DataError(f"{path}: column {series.name!r} is never {schema.positive!r}; it has {', '.join(values)}")
+    return (series == positive).to_numpy()
 
 
-def _inputs(frame: pd.DataFrame, schema: TableSchema, notes: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Numeric and categorical columns, those that the schema names first."""
+def _inputs(
+    frame: pd.DataFrame, schema: TableSchema, notes: list[str]
+) -> tuple[pd.DataFrame, tuple[str, ...], tuple[str, ...]]:
+    """The frame with columns made what they are; numeric and categorical ones, those that the schema names first."""
     numeric, categorical = list(schema.numeric), list(schema.categorical)
-    reserved = {schema.label, schema.timestamp, schema.group, schema.id, *schema.ignore, *numeric, *categorical}
+    reserved = {schema.label, schema.timestamp, schema.group, *numeric, *categorical}
     notes += [
         f"{name}: {frame[name].nunique():,} different numbers; the schema says that it is a category"
         for name in categorical
         if frame[name].nunique() > _LOOKED_AT and kind_of(frame[name])[0] == "numeric"
     ]
-    for name in frame.columns:
-        if name in reserved:
-            continue
+    made = {}
+    for name in (name for name in frame.columns if name not in reserved):
         kind, reason = kind_of(frame[name])
         if kind is None:
             notes.append(f"{name}: left out, {reason}")
+        elif kind == "numeric":
+            numeric.append(name)
+            made[name] = _numbers(frame[name])
+            lost = int((made[name].isna() & frame[name].notna()).sum())
+            if lost:
+                notes.append(f"{name}: {lost:,} values that are no finite numbers are taken as missing")
         else:
-            (numeric if kind == "numeric" else categorical).append(name)
-    return tuple(numeric), tuple(categorical)
+            categorical.append(name)
+    return frame.assign(**made), tuple(numeric), tuple(categorical)
 
 
 def kind_of(column: "pd.Series[Any]") -> tuple[Kind | None, str]:
     """What a column seems to be; None with the reason if a model can learn nothing from it that holds later."""
     known = column.dropna()
+    what = pd.api.types.infer_dtype(known, skipna=True) if known.dtype == object else ""
+    if what.startswith(("date", "time")) or pd.api.types.is_datetime64_any_dtype(known.dtype):
+        return None, "it holds moments; as `timestamp` in the schema it says how to split"
+    if what in _NOT_SCALAR or pd.api.types.is_timedelta64_dtype(known.dtype):
+        return None, f"its values are {what or known.dtype}"
     num_distinct = int(known.nunique())
     if num_distinct <= 1:
         return None, "it has one value" if num_distinct else "it is empty"
-    if pd.api.types.is_datetime64_any_dtype(known.dtype) or _is_moments(known):
+    if _is_moments(known):
         return None, "it holds moments; as `timestamp` in the schema it says how to split"
-    numbers = _as_numbers(known)
-    if numbers is None:
-        if len(known) >= _MIN_ROWS and num_distinct >= _ID_SHARE * len(known):
-            return None, f"it is different in nearly every row ({num_distinct:,} values), as an id is"
-        return "categorical", ""
-    # Some rows may be missing by now.
-    if len(known) >= _MIN_ROWS and numbers.diff().min() >= 1 and numbers.iloc[-1] - numbers.iloc[0] < 1.1 * len(known):
-        return None, "it numbers the rows"
-    return "numeric", ""
+    return _kind_of_known(known, num_distinct)
 
 
-def _as_numbers(text: "pd.Series[Any]") -> "pd.Series[Any] | None":
-    """The column as numbers, if it is one of numbers; '007' is none, nor is true."""
-    if pd.api.types.is_bool_dtype(text.dtype):
-        return None
-    if pd.api.types.is_numeric_dtype(text.dtype):
-        return text
-    words = text.astype(str)
-    if words.str.match(r"-?0\d").any():
-        return None
-    numbers = pd.to_numeric(words, errors="coerce")
-    # A word among numbers would be an error in a column that the schema names; here it makes a category.
-    return numbers if numbers.notna().all() and np.isfinite(numbers).all() else None
+def _kind_of_known(known: "pd.Series[Any]", num_distinct: int) -> tuple[Kind | None, str]:
+    if _is_numeric(known):
+        numbers, many = _numbers(known), len(known) >= _MIN_ROWS
+        # Some rows may be missing by now.
+        if many and numbers.diff().min() >= 1 and numbers.iloc[-1] - numbers.iloc[0] < 1.1 * len(known):
+            return None, "it numbers the rows"
+        return "numeric", ""
+    if len(known) >= _MIN_ROWS and num_distinct >= _ID_SHARE * len(known):
+        return None, f"it is different in nearly every row ({num_distinct:,} values), as an id is"
+    if known.astype(str).str.len().max() > MAX_KEY_LENGTH:
+        return None, f"it has texts of more than {MAX_KEY_LENGTH} characters"
+    return "categorical", ""
+
+
+def _is_numeric(known: "pd.Series[Any]") -> bool:
+    """Whether a column is one of numbers; codes such as '007' are none, nor are true and false."""
+    if pd.api.types.is_bool_dtype(known.dtype):
+        return False
+    if pd.api.types.is_numeric_dtype(known.dtype):
+        return True
+    if known.astype(str).str.match(r"-?0\d").any():
+        return False
+    share = float(_numbers(known).notna().mean())
+    # Some stray words among many numbers are mistakes; a few words among few numbers make a category.
+    return share == 1 or (share >= _NUMBERS_SHARE and len(known) >= _MIN_ROWS)
+
+
+def _numbers(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """As numbers; what is none, or not finite, is missing."""
+    found = pd.to_numeric(column, errors="coerce").astype(np.float64)
+    return found.where(np.isfinite(found))
 
 
 def _is_moments(known: "pd.Series[Any]") -> bool:
@@ -244,12 +303,15 @@ def _hashes(column: NDArray[Any]) -> NDArray[np.uint64]:
     return pd.util.hash_array(np.where(pd.isna(column), "\x1f", column) if column.dtype == object else column)
 
 
-def _same_rows(columns: dict[str, NDArray[Any]], labels: NDArray[np.bool_], notes: list[str]) -> NDArray[Any]:
+def _same_rows(columns: dict[str, NDArray[Any]], labels: NDArray[np.bool_], notes: list[str]) -> NDArray[Any] | None:
     total = np.zeros(len(labels), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for column in columns.values():
             total = total * np.uint64(1_000_003) + _hashes(column)
     repeated = len(total) - len(np.unique(total))
+    if len(total) - repeated < _COPIES_BELOW * len(total):
+        notes.append(f"only {len(total) - repeated:,} rows differ, so rows that say the same may be in several parts")
+        return None
     if repeated:
         notes.append(f"{repeated:,} rows repeat another one; such rows stay in one part of the split")
     return total
@@ -310,7 +372,9 @@ def _too_good(
     for name in (*numeric, *categorical):
         if name in numeric:
             values = columns[name][held]
-            alone = auc(labels[held], np.nan_to_num(values, nan=float(np.nanmedian(values)) if len(values) else 0.0))
+            if np.isnan(values).all():
+                continue
+            alone = auc(labels[held], np.nan_to_num(values, nan=float(np.nanmedian(values))))
         else:
             rates = pd.Series(labels[learned]).groupby(columns[name][learned]).mean()
             rate = pd.Series(columns[name][held]).map(rates).fillna(labels[learned].mean())

@@ -45,12 +45,24 @@ class Fold(NamedTuple):
         return Fold(self.fit[-num_rows:], self.held)
 
 
-def folds_of(num_train: int, num_validation: int, *, in_time: bool, starts: Flags | None = None) -> tuple[Fold, ...]:
+def folds_of(
+    num_train: int, num_validation: int, *, in_time: bool, starts: Flags | None = None, labels: Flags | None = None
+) -> tuple[Fold, ...]:
     """How rows, in the order that the table is split in, are learned from and asked about.
 
     In time only earlier rows are learned from: the validation part is held, of a small table also periods before it.
-    Without time every row of a small table is held once. starts: where groups begin, which no fold cuts.
+    Without time every row of a small table is held once. starts: where groups begin, which no fold cuts. labels: given,
+    folds that would learn or hold one class only are left out, all but the one that holds the validation part.
     """
+    found = _cut_folds(num_train, num_validation, in_time, starts)
+    if labels is None:
+        return found
+    both = tuple(fold for fold in found if all(0 < labels[part].sum() < len(part) for part in fold))
+    rows = np.arange(num_train + num_validation)
+    return both or (Fold(rows[:num_train], rows[num_train:]),)
+
+
+def _cut_folds(num_train: int, num_validation: int, in_time: bool, starts: Flags | None) -> tuple[Fold, ...]:
     num_rows = num_train + num_validation
     rows = np.arange(num_rows)
     if in_time:
@@ -123,12 +135,12 @@ def score(labels: Flags, logits: Floats, folds: Sequence[Fold]) -> float:
     return float(np.mean([auc(labels[fold.held], logits[fold.held]) for fold in folds]))
 
 
-def candidates(trials: Sequence[TrialResult], space: Space, folder: Path) -> list[Candidate]:
-    """The trials that answered every fold, best first."""
+def candidates(trials: Sequence[TrialResult], space: Space, folder: Path, num_rows: int) -> list[Candidate]:
+    """The trials that answered every fold, best first. num_rows: that there are to answer."""
     found = []
     for trial in trials:
         kept = _kept(folder, trial.params) if trial.state == "done" else None
-        if kept is not None:
+        if kept is not None and len(kept[0]) == num_rows:
             logits, sizes, seconds = kept
             found.append(Candidate(active(space, trial.params), logits, sizes, trial.metric, seconds))
     return sorted(found, key=lambda one: -one.score)

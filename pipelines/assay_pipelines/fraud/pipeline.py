@@ -1,6 +1,6 @@
 """The fraud pipeline: table → features through Feast → search → train → calibrate → compare → gate → registry."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +232,14 @@ def companions_of(
     }
 
 
-def signature_of(encoder: TabularEncoder) -> Any:
-    """The model's columns, for the registry."""
+def signature_of(encoder: TabularEncoder, *, as_written: bool = False) -> Any:
+    """The model's columns, for the registry. as_written: of whatever type a table has them, which the model reads."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import AnyType
 
-    inputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.double, name, required=False) for name in encoder.numeric]
-    inputs += [ColSpec(DataType.string, name, required=False) for name in encoder.categorical]
+    any_type: Callable[[], Any] = AnyType
+    number, word = (any_type(), any_type()) if as_written else (DataType.double, DataType.string)
+    inputs: list[ColSpec | TensorSpec] = [ColSpec(number, name, required=False) for name in encoder.numeric]
+    inputs += [ColSpec(word, name, required=False) for name in encoder.categorical]
     return ModelSignature(inputs=Schema(inputs), outputs=Schema([ColSpec(DataType.double, "probability")]))

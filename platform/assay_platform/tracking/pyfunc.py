@@ -30,15 +30,36 @@ class ScoringModel:
     def predict(self, model_input: "pd.DataFrame", params: dict[str, Any] | None = None) -> Any:
         """fraud: a column a feature → calibrated probabilities. recommend: `user_id` → lists of item ids."""
         if self._kind == "fraud":
-            columns = {name: _column(model_input[name]) for name in self._fraud.feature_names}
+            encoder = self._fraud.parts.encoder
+            columns = {name: _numbers(model_input[name]) for name in encoder.numeric}
+            columns |= {name: _words(model_input[name]) for name in encoder.categorical}
             return self._fraud.score(self._fraud.encode(columns)).probability
         return [
             [item for item, _ in self._recommender.recommend_known(str(user), k=10)] for user in model_input["user_id"]
         ]
 
 
-def _column(series: "pd.Series[Any]") -> Any:
-    return series.where(series.notna(), None).to_numpy() if series.dtype == object else series.to_numpy()
+def _numbers(series: "pd.Series[Any]") -> Any:
+    """As numbers; what is none is missing, as it was in training."""
+    import pandas as pd
+
+    return pd.to_numeric(series, errors="coerce").to_numpy(dtype="float64", na_value=float("nan"))
+
+
+def _words(series: "pd.Series[Any]") -> list[str | None]:
+    """Categories as training wrote them: 3.0 as 3, True as true, no space around."""
+    import pandas as pd
+
+    def word(value: Any) -> str | None:
+        if pd.isna(value):
+            return None
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, float):
+            return str(int(value)) if value.is_integer() else repr(value)
+        return str(value).strip()
+
+    return [word(value) for value in series.tolist()]
 
 
 def _load_pyfunc(path: str) -> ScoringModel:
