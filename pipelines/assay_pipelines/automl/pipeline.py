@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from assay_pipelines.automl.card import Card, model_card
 from assay_pipelines.automl.ensemble import Ensemble, select
-from assay_pipelines.automl.families import DEFAULT, PORTFOLIO, Known, available, flags, space_of
+from assay_pipelines.automl.families import DEFAULT, FAMILIES, PORTFOLIO, Known, available, flags, space_of
 from assay_pipelines.automl.prepare import Learnable, prepare
 from assay_pipelines.automl.student import Studied, graduate, plan, study, targets_of
 from assay_pipelines.automl.trials import Candidate, TrialData, candidates, folds_of, objective
@@ -144,7 +144,7 @@ def _search_and_train(options: RunOptions, reporter: Reporter, run: Any, learnab
     num_fit_rows = _num_fit_rows(search_s / len(folds), len(learnable.encoder.names))
     folds = tuple(fold.at_most(num_fit_rows) for fold in folds)
     families = available()
-    if len(families) < len(PORTFOLIO) - 1:
+    if families != FAMILIES:
         reporter.line("CatBoost is not installed, so it is not among the families: pip install 'assay[automl]'")
     space = space_of(families)
     known = Known(encoder=learnable.encoder, edges=learnable.edges)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from assay_pipelines.automl.table import read_table
 from assay_pipelines.console import Reporter
 from assay_pipelines.datasets.table import load_table
-from assay_pipelines.fraud.features import default_plan
+from assay_pipelines.fraud.features import default_plan, discover_features
 from assay_pipelines.fraud.prepare import Prepared
 from assay_pipelines.fraud.train import DEFAULTS, LabelledRows
 from assay_pipelines.options import RunOptions
@@ -90,7 +90,7 @@ def prepare(options: RunOptions, reporter: Reporter) -> Learnable:
 
 def _discovered(options: RunOptions, reporter: Reporter, notes: list[str]) -> FeaturePlan:
     """The schema's own features, and those that lift later periods for sure. The test period is not looked at."""
-    from assay_features.discovery import DiscoverySettings, discover
+    from assay_features.discovery import DiscoverySettings
 
     schema = options.schema
     assert isinstance(schema, FraudSchema)
@@ -104,14 +104,10 @@ def _discovered(options: RunOptions, reporter: Reporter, notes: list[str]) -> Fe
                 raise _OutOfTime
 
         events = load_table(options.table, schema).events
-        events = events.take(slice(0, int(len(events) * (schema.split.train + schema.split.validation))))
         try:
-            found = discover(
+            found = discover_features(
                 events,
-                entities=(*schema.entities, *schema.worked_out),
-                numeric=schema.numeric,
-                categorical=schema.categorical,
-                amount=schema.amount,
+                schema,
                 reports=reports_of(schema),
                 settings=DiscoverySettings(seed=options.seed),
                 on_progress=progress,

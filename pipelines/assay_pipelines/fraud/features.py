@@ -1,7 +1,8 @@
 """Which features a fraud model gets when the user only says what the columns mean."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 from assay_features.definitions import (
     DAY_S,
@@ -18,10 +19,13 @@ from assay_features.definitions import (
     as_code,
     entity_columns,
 )
-from assay_features.events import Reports
+from assay_features.events import Events, Reports
 from assay_features.reports import fraud_share, reports_of, ring
 from assay_features.schema import ACCOUNT, FraudSchema
 from assay_platform.errors import InputError
+
+if TYPE_CHECKING:
+    from assay_features.discovery import Discovery, DiscoverySettings
 
 _NUM_CROSSED, _MAX_PAIRS = 3, 6
 
@@ -54,6 +58,29 @@ def default_plan(schema: FraudSchema) -> FeaturePlan:
     crossed = schema.categorical[:_NUM_CROSSED]
     definitions += [Cross(columns=(a, b)) for i, a in enumerate(crossed) for b in crossed[i + 1 :]]
     return FeaturePlan(tuple(definitions))
+
+
+def discover_features(
+    events: Events,
+    schema: FraudSchema,
+    *,
+    reports: Reports | None,
+    settings: "DiscoverySettings",
+    on_progress: Callable[[float, str], None],
+) -> "Discovery":
+    """Features that lift later periods of a table for sure. Its test period is not looked at."""
+    from assay_features.discovery import discover
+
+    return discover(
+        events.take(slice(0, int(len(events) * (schema.split.train + schema.split.validation)))),
+        entities=(*schema.entities, *schema.worked_out),
+        numeric=schema.numeric,
+        categorical=schema.categorical,
+        amount=schema.amount,
+        reports=reports,
+        settings=settings,
+        on_progress=on_progress,
+    )
 
 
 def _reported(schema: FraudSchema, reports: Reports) -> Iterator[Definition]:
