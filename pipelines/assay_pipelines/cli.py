@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
                                  help="where weights of nets on the MoE backbone are updated: on the device that "
                                       "computes, on the CPU so that more of them fit on a GPU, or there a step late "
                                       "so that the GPU does not wait (default: device)")  # fmt: skip
+            command.add_argument("--workers", type=int, default=1, metavar="N",
+                                 help="train nets on N workers of the Ray cluster, which share every batch and learn "
+                                      "what one would (default: 1, this process)")  # fmt: skip
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--submit", metavar="RAY_ADDRESS",
                              help="run as a job on a Ray cluster, such as http://127.0.0.1:8265")  # fmt: skip

@@ -16,7 +16,7 @@ from assay_platform.errors import ConfigError
 from assay_platform.storage import write_json
 
 if TYPE_CHECKING:
-    from assay_platform.training import Checkpoint, UpdateOn
+    from assay_platform.training import Checkpoint, UpdateOn, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class RunOptions:
     search_name: a search that is remembered, and gone on with where it stopped, as is the training after it (fraud).
     plan: features instead of those that the schema gives by itself (fraud). rules: decide before the model (fraud).
     update: the champion learns on instead of being trained anew (fraud). recalibrate: only its probabilities move.
-    update_on: where the weights of nets on the backbone are updated, see `TrainConfig`.
+    update_on: where the weights of nets on the backbone are updated, see `TrainConfig`. num_workers: how many train a
+    net together, on Ray; 1: this process.
     """
 
     config: Config
@@ -50,12 +51,22 @@ class RunOptions:
     update: bool = False
     update_on: "UpdateOn" = "device"
     recalibrate: bool = False
+    num_workers: int = 1
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:
             raise ConfigError(f"--budget is {self.budget_s}; it must be above 0 seconds")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"--seed is {self.seed}; allowed are 0 to {2**31 - 1}")
+        if self.num_workers < 1:
+            raise ConfigError(f"--workers is {self.num_workers}; it must be at least 1")
+
+    @property
+    def workers(self) -> "Workers":
+        """That train a net."""
+        from assay_platform.training import Workers
+
+        return Workers(num=self.num_workers, folder=self.config.paths.training)
 
     def checkpoint(self, part: str, identity: str) -> "Checkpoint | None":
         """How far the training of a part is, in a run that has a name. identity: of data and hyperparameters."""

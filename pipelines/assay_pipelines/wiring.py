@@ -168,11 +168,14 @@ def _options(call: argparse.Namespace, config: Config, reporter: Reporter) -> Ru
         raise InputError(f"{flag} is for fraud: a recommender's run is short, so it is trained anew")
     if (update or recalibrate) and (call.plan or call.rules or call.rows):
         raise InputError(f"{flag} keeps the champion's features, rules and rows; leave --plan, --rules, --rows out")
+    workers = getattr(call, "workers", 1)
+    if (update or recalibrate) and workers != 1:
+        raise InputError(f"{flag} trains in one process; leave --workers out")
     _check_search(call)
     return replace(
         options, seed=call.seed, search_name=call.search, budget_s=call.budget, max_rows=call.rows,
         plan=_plan(call), rules=_rules(call),
-        update=update, recalibrate=recalibrate, update_on=getattr(call, "update_on", "device"),
+        update=update, recalibrate=recalibrate, update_on=getattr(call, "update_on", "device"), num_workers=workers,
     )  # fmt: skip
 
 
@@ -272,7 +275,7 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
     command += ["--rows", str(call.rows)] if call.rows else []
     # A job that is lost with its node goes on where it stopped when it is submitted again.
     command += ["--search", call.search or f"job-{uuid.uuid4().hex[:8]}"]
-    command += ["--update-on", call.update_on] if call.command == "run" else []
+    command += ["--update-on", call.update_on, "--workers", str(call.workers)] if call.command == "run" else []
     command += ["--json"] if call.json else []
     command += [f"--{name}" for name in ("update", "recalibrate") if getattr(call, name, False)]
     with tempfile.TemporaryDirectory(prefix="assay-job-") as scratch:

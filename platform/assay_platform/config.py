@@ -46,6 +46,11 @@ class Paths:
         return self.home / "searches"
 
     @property
+    def training(self) -> Path:
+        """Where workers that train together keep how far they are."""
+        return self.home / "training"
+
+    @property
     def tasks(self) -> Path:
         """What tasks run in which process, and how long they take."""
         return self.home / "tasks"

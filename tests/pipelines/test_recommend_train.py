@@ -1,14 +1,21 @@
 """Training of the encoders: what a step learns from."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from assay_pipelines.recommend import train_graph
+from assay_pipelines.recommend.train import Lists, RankerTraining, train_ranker
 from assay_pipelines.recommend.train_graph import DEFAULTS, train_encoder
 from assay_pipelines.recommend.train_sequence import SequenceTraining, train_sequence
 from assay_platform.models.graph import GraphEncoder, ItemGraph
 from assay_platform.models.histories import DAY_US, Histories
+from assay_platform.models.recommender import RankerConfig
 from assay_platform.models.sequence import SequenceConfig
+from assay_platform.training import Checkpoint
 from scipy.sparse import csr_matrix
 
 NUM_USERS, NUM_ITEMS = 60, 300
@@ -89,3 +96,32 @@ def test_the_sequence_encoder_learns_what_comes_later() -> None:
     assert (own.argmax(1) == np.arange(NUM_USERS) % 3).mean() > 0.9
     again = train_sequence(given, vectors, SequenceConfig(length=8, dropout=0.0), training, seed=0)
     np.testing.assert_allclose(again.users(given), encoder.users(given), atol=1e-4)
+
+
+def _sequence(**options: Any) -> torch.nn.Module:
+    vectors = np.random.default_rng(1).normal(size=(NUM_ITEMS, 8)).astype(np.float32)
+    training = SequenceTraining(num_epochs=3)
+    return train_sequence(histories(), vectors, SequenceConfig(length=8), training, seed=0, **options)
+
+
+def _ranker(**options: Any) -> torch.nn.Module:
+    drawn, config = torch.Generator().manual_seed(0), RankerConfig()
+    features = torch.randn(90, 8, len(config.features), generator=drawn)
+    wanted = torch.rand(90, 8, 1, generator=drawn) < 0.3
+    lists = [Lists(features, wanted, torch.ones(90, 8, dtype=torch.bool))]
+    return train_ranker(lists, config, seed=0, training=RankerTraining(num_epochs=3), **options)[0]
+
+
+@pytest.mark.parametrize("train", [_sequence, _ranker])
+def test_a_training_that_was_killed_goes_on(train: Callable[..., torch.nn.Module], tmp_path: Path) -> None:
+    def killed(epoch: int, _: float) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    epochs, kept = [], Checkpoint(tmp_path / "training.pt", "this")
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint=kept, on_epoch=killed)
+    resumed, whole = train(checkpoint=kept, on_epoch=lambda epoch, _: epochs.append(epoch)), train()
+    assert epochs == [3]
+    for one, other in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other)

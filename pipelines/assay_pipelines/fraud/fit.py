@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from assay_platform.models.trees import TreeEnsemble
 from assay_platform.monitoring.routing import RoutingMonitor
 from assay_platform.tasks.local import local_dispatcher
 from assay_platform.tasks.task import Kind, Needs, Place, Task
-from assay_platform.training import Checkpoint, StopTraining
+from assay_platform.training import HERE, Checkpoint, StopTraining, Workers
 
 from assay_pipelines.console import Reporter, Stage
 from assay_pipelines.fraud.adversary import Adversary, Robustness
@@ -74,12 +75,13 @@ def fit_models(
     seed: int,
     tasks: Path | None = None,
     checkpoint: Checkpoint | None = None,
+    workers: Workers = HERE,
 ) -> FittedModels:
     """Net and trees on the training rows; blended, calibrated and thresholded on the validation rows.
 
     Where the schema says what senders can change, both are trained on other forms of the frauds too, and the validation
     frauds are attacked. Net and trees are trained at once where there is a GPU. tasks: see `local_dispatcher`.
-    checkpoint: of the net.
+    checkpoint, workers: of the net.
     """
     held = prepared.rows.take(as_slice(prepared.validation))
     labels = prepared.labels[prepared.validation]
@@ -93,7 +95,7 @@ def fit_models(
     num_epochs = num_final_epochs(params, len(data.train))
     with reporter.stage("train", "Train the MoE net and the trees") as stage:
         told = _Told(stage, 2)
-        net_task = _net_task(params, data, num_epochs, seed, told, checkpoint)
+        net_task = _net_task(params, data, num_epochs, seed, told, checkpoint, workers)
         trees_task = _trees_task(told, rows, seed=seed, held=(numbers, labels), shape=shape)
         (net, fitted, routing), trees = _results(tasks, net_task, trees_task)
     with reporter.stage("train", "Blend and calibrate") as stage:
@@ -126,6 +128,7 @@ def refit(
     seed: int,
     tasks: Path | None = None,
     checkpoint: Checkpoint | None = None,
+    workers: Workers = HERE,
 ) -> FraudModel:
     """The same recipe on train and validation rows; blend, calibration and threshold stay as they were chosen.
 
@@ -140,7 +143,7 @@ def refit(
         told = _Told(stage, bool(parts.blend.net) + bool(parts.blend.trees))
         to_do: list[Task[Any]] = []
         if parts.blend.net:
-            to_do.append(_net_task(params, data, fitted.best_epoch, seed, told, checkpoint))
+            to_do.append(_net_task(params, data, fitted.best_epoch, seed, told, checkpoint, workers))
         if parts.blend.trees:
             assert trees is not None
             to_do.append(_trees_task(told, rows, seed=seed, num_trees=refit_size(trees), shape=fitted.shape))
@@ -181,7 +184,13 @@ def _results(folder: Path | None, *tasks: Task[Any]) -> list[Any]:
 
 
 def _net_task(
-    params: Mapping[str, Any], data: FraudData, num_epochs: int, seed: int, told: _Told, checkpoint: Checkpoint | None
+    params: Mapping[str, Any],
+    data: FraudData,
+    num_epochs: int,
+    seed: int,
+    told: _Told,
+    checkpoint: Checkpoint | None,
+    workers: Workers,
 ) -> Task[TrainedNet]:
     def work(place: Place) -> TrainedNet:
         def on_epoch(epoch: int, metric: float) -> None:
@@ -190,22 +199,18 @@ def _net_task(
             reached = f"epoch {epoch}" if data.validation is None else f"validation AP {metric:.3f}"
             told.update("net", epoch / num_epochs, reached)
 
-        trained = train_net(
-            params,
-            data,
-            num_epochs=num_epochs,
-            seed=seed,
-            on_epoch=on_epoch,
-            device=torch.device(place.device),
-            checkpoint=checkpoint,
-        )
+        device = torch.device(place.device) if here else None
+        train = partial(train_net, params, num_epochs=num_epochs, seed=seed, device=device)
+        trained = workers.train(train, {"data": data}, on_epoch=on_epoch, checkpoint=checkpoint)
         reached = "" if data.validation is None else f"validation AP {trained.fitted.best_metric:.3f} at "
         told.update("net", 1.0, f"{reached}epoch {trained.fitted.best_epoch}")
         return trained
 
+    here = workers.num == 1  # elsewhere Ray chooses the place, and this process waits
     return Task(
-        work=work, kind=Kind.MATRIX, name="fraud net", size=num_epochs * len(data.train), cpu=_ALL_CORES,
-        gpu=Needs(cores=0, gpus=1),
+        work=work, kind=Kind.MATRIX, name="fraud net" if here else "fraud net on workers",
+        size=num_epochs * len(data.train), cpu=_ALL_CORES if here else Needs(cores=0),
+        gpu=Needs(cores=0, gpus=1) if here else None,
     )  # fmt: skip
 
 

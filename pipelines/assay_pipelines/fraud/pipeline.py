@@ -89,14 +89,17 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         identity = f"{identity}:{sorted(params.items())}"
         seed, tasks = options.seed, options.config.paths.tasks
         checkpoint = options.checkpoint("train", identity)
-        fitted = fit_models(params, prepared, reporter, seed=seed, tasks=tasks, checkpoint=checkpoint)
+        workers = options.workers
+        fitted = fit_models(params, prepared, reporter, seed=seed, tasks=tasks, checkpoint=checkpoint, workers=workers)
         run.log_steps("validation.average_precision", fitted.history)
         log_routing(run, fitted.routing)
         run.log(params={"blend.net": fitted.model.parts.blend.net, "blend.trees": fitted.model.parts.blend.trees})
         model = fitted.model
         if options.refit_on_all:
             checkpoint = options.checkpoint("refit", identity)
-            model = refit(fitted, params, prepared, reporter, seed=seed, tasks=tasks, checkpoint=checkpoint)
+            model = refit(
+                fitted, params, prepared, reporter, seed=seed, tasks=tasks, checkpoint=checkpoint, workers=workers
+            )
         with reporter.stage("evaluate", "Score the test period"):
             probability = model.score(prepared.rows.rows.rows(as_slice(prepared.test))).probability
             metrics = fraud_metrics(probability, prepared.labels[prepared.test], threshold=model.policy.decline_from)

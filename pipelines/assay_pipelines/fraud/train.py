@@ -12,7 +12,7 @@ from assay_platform.models.encoding import EncodedRows, TabularEncoder, typical_
 from assay_platform.models.fraud import FraudModel, FraudModelParts, FraudNet, FraudNetConfig
 from assay_platform.moe import BackboneConfig
 from assay_platform.monitoring.routing import RoutingMonitor
-from assay_platform.training import Checkpoint, FitResult, TrainConfig, fastest_device, fit
+from assay_platform.training import ALONE, Checkpoint, FitResult, Ranks, TrainConfig, fastest_device, fit
 from assay_platform.tuning.space import OneOf, Real, Space
 from numpy.typing import NDArray
 from torch import Tensor
@@ -154,11 +154,13 @@ def train_net(
     device: torch.device | None = None,
     start: FraudNet | None = None,
     checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainedNet:
     """Train from scratch, or on from a net; the same seed gives the same weights on the same machine.
 
     start: is left as it is. device: a GPU by default where there is one. The net that comes back is on the CPU.
-    checkpoint: a training that was killed goes on; its routing report begins there.
+    checkpoint: a training that was killed goes on; its routing report begins there. ranks: that train it together, all
+    with the same arguments; the routing report is of one's own share.
     """
     torch.manual_seed(seed)
     device = device or fastest_device()
@@ -173,10 +175,12 @@ def train_net(
         return torch.randperm(len(train), generator=generator).to(device).tensor_split(steps)
 
     def loss(part: Tensor) -> Tensor:
-        rows, labels = train.take(part)
-        weights = torch.ones(len(part), device=device)
+        mine, num_rows = part[ranks.share(len(part))], len(part)
+        rows, labels = train.take(mine)
+        weights = torch.ones(len(mine), device=device)
         if copies is not None:
-            of = copies.of[part]
+            of = copies.of[mine]
+            num_rows += int((copies.of[part] >= 0).sum())
             forms = copies.worst(net, of[of >= 0])
             rows = EncodedRows(*(torch.cat(pair) for pair in zip(rows, forms, strict=True)))
             labels = torch.cat([labels, torch.ones(len(forms.values_NF), device=device)])
@@ -186,7 +190,7 @@ def train_net(
             logits_NK, labels.unsqueeze(-1).expand_as(logits_NK), weights.unsqueeze(-1), pos_weight=weight,
             reduction="sum",
         )  # fmt: skip
-        total: Tensor = likelihood / (len(part) * logits_NK.shape[1]) + balance
+        total: Tensor = likelihood / (len(part) * logits_NK.shape[1]) + balance * (len(logits_NK) / num_rows)
         return total
 
     def evaluate(held: LabelledRows) -> float:
@@ -217,6 +221,7 @@ def train_net(
             units=list(net.backbone.layers),
             checkpoint=checkpoint,
             generators=[generator],
+            ranks=ranks,
         )
     return TrainedNet(net.cpu(), result, monitor)
 

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from assay_platform.models.item_regression import RegressionConfig
 from assay_platform.models.recommender import PairRanker, RankerConfig, Recommender
 from assay_platform.models.sources import Sources, Wanted, Weights
 from assay_platform.monitoring.routing import RoutingMonitor
+from assay_platform.training import Checkpoint
 from assay_platform.tuning.search import SearchResult
 from numpy.typing import NDArray
 
@@ -134,6 +136,12 @@ class Prepared:
     def ranker_config(self) -> RankerConfig:
         """The ranker's shape for these features."""
         return RankerConfig(num_store_features=len(self.plan.numeric_names), tasks=tuple(self.tasks))
+
+    def checkpoint(self, part: str, rows: Rows, recipe: Recipe) -> Checkpoint | None:
+        """How far the training of a part is that learns from these rows; see `RunOptions.checkpoint`."""
+        data = (self.table.fingerprint, len(self.events), len(rows), self.options.seed)
+        recipe_id = (sorted(recipe.graph.items()), recipe.regression, recipe.weights)
+        return self.options.checkpoint(f"{part}-{len(rows)}", repr((data, recipe_id)))
 
     def _split(self, user: NDArray[np.int64], events: Events) -> Parts:
         return split_interactions(user, self.schema.split, seed=self.options.seed, time_us=events.time_us)
@@ -457,7 +465,8 @@ def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Report
     recipe = Recipe(graph=graph, regression=regression, facts=prepared.facts, again=prepared.again, sequence=sequence)
     with reporter.stage("train", "Fit the sequence encoder" if sequence else "Fit the first holdout"):
         holdouts = prepared.holdouts(prepared.parts.fit)
-        earliest = fit_earliest(holdouts, recipe, seed=seed)
+        checkpoint = prepared.checkpoint("sequence", prepared.parts.fit, recipe)
+        earliest = fit_earliest(holdouts, recipe, seed=seed, checkpoint=checkpoint, workers=prepared.options.workers)
     with reporter.stage("train", "Weigh the sources") as stage:
         sources = fit_sources(prepared.fit, recipe, seed=seed, shared=earliest.encoders)
         store_IF = prepared.item_features(prepared.parts.fit, prepared.fit)
@@ -497,11 +506,12 @@ def trained(
 
     histories: of these rows. chosen: what was fitted to the same rows already.
     """
-    config, seed = prepared.ranker_config, prepared.options.seed
+    config, seed, workers = prepared.ranker_config, prepared.options.seed, prepared.options.workers
     if chosen is None:
         with reporter.stage("train", "Fit the sources"):
             holdouts = prepared.holdouts(rows)
-            earliest = fit_earliest(holdouts, recipe, seed=seed)
+            checkpoint = prepared.checkpoint("sequence", rows, recipe)
+            earliest = fit_earliest(holdouts, recipe, seed=seed, checkpoint=checkpoint, workers=workers)
             sources = fit_sources(histories, recipe, seed=seed, shared=earliest.encoders)
             store_IF = prepared.item_features(rows, histories)
     else:
@@ -511,7 +521,13 @@ def trained(
         lists = make_lists(holdouts, of_holdouts, recipe, config, seed=seed)
     with reporter.stage("train", "Train the MoE ranker") as stage:
         training = RankerTraining(update_on=prepared.options.update_on)
-        ranker, routing = train_ranker(lists, config, seed=seed, training=training, on_progress=stage.update)
+        train = partial(train_ranker, config=config, seed=seed, training=training)
+        ranker, routing = workers.train(
+            train,
+            {"lists": lists},
+            on_epoch=lambda epoch, _: stage.update(epoch / training.num_epochs),
+            checkpoint=prepared.checkpoint("ranker", rows, recipe),
+        )
     rankings = {"sources": Ranking(ranker, None), "MoE": Ranking(ranker, routing)}
     for share in _TASK_SHARES if len(config.tasks) > 1 else ():
         rankings[f"MoE and {share:g} of other tasks"] = Ranking(ranker.mixed(share), routing)

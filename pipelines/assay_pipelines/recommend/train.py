@@ -8,6 +8,7 @@ of a few holdouts all sources are fitted without part of the interactions, which
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from assay_platform.models.recommender import PairRanker, RankerConfig
 from assay_platform.models.sequence import SequenceConfig, SequenceEncoder
 from assay_platform.models.sources import NO_MORE, ItemPast, Sources, Wanted, Weights
 from assay_platform.monitoring.routing import RoutingMonitor
-from assay_platform.training import TrainConfig, UpdateOn, fastest_device, fit
+from assay_platform.training import ALONE, HERE, Checkpoint, Ranks, TrainConfig, UpdateOn, Workers, fastest_device, fit
 from torch import Tensor
 
 from assay_pipelines.recommend.evaluate import best_items, ndcg_at_10
@@ -175,8 +176,15 @@ class Earliest(NamedTuple):
     encoders: Encoders
 
 
-def fit_earliest(holdouts: list[Holdout], recipe: Recipe, *, seed: int) -> Earliest:
-    """With a sequence encoder if the recipe has one."""
+def fit_earliest(
+    holdouts: list[Holdout],
+    recipe: Recipe,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+    workers: Workers = HERE,
+) -> Earliest:
+    """With a sequence encoder if the recipe has one. checkpoint, workers: of its training."""
     number = min(range(len(holdouts)), key=lambda n: len(holdouts[n].seen.item))
     seen, encoders = holdouts[number].seen, _NONE
     # Where the order of events is of no use, what one holdout sees are labels of another.
@@ -186,7 +194,9 @@ def fit_earliest(holdouts: list[Holdout], recipe: Recipe, *, seed: int) -> Earli
             encoders = Encoders(graph=train_encoder(graph, recipe.graph, seed=seed + 1 + number))
     sources = fit_sources(seen, recipe, seed=seed + 1 + number, shared=encoders)
     if recipe.sequence is not None:
-        encoder = train_sequence(seen, sources.vectors.item_ID, SequenceConfig(), recipe.sequence, seed=seed)
+        train = partial(train_sequence, config=SequenceConfig(), training=recipe.sequence, seed=seed)
+        data = {"histories": seen, "graph_ID": sources.vectors.item_ID}
+        encoder = workers.train(train, data, checkpoint=checkpoint)
         encoders = encoders._replace(sequence=encoder.requires_grad_(False))
         sources = replace(sources, sequence=encoders.sequence)
     return Earliest(number, sources, encoders)
@@ -305,12 +315,14 @@ def train_ranker(
     seed: int,
     training: RankerTraining,
     linear: bool = False,
-    on_progress: Callable[[float], None] = lambda done: None,
+    on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
+    checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[PairRanker, RoutingMonitor]:
     """Softmax over each list: every user counts the same, whatever the number of items that it wants. Tasks but the
     first count less; a list without anything wanted by one says nothing of it.
 
-    linear: without the experts, for comparison.
+    linear: without the experts, for comparison. ranks: that train it together; the routing is of one's own share.
     """
     torch.manual_seed(seed)
     generator, device = torch.Generator().manual_seed(seed), fastest_device()
@@ -336,18 +348,19 @@ def train_ranker(
         yield from torch.randperm(num_lists, generator=generator).tensor_split(steps)
 
     def loss(users: Tensor) -> Tensor:
-        logits, balance = ranker(features_UCF[users].to(device))
-        logits = logits.masked_fill(~possible_UC[users, :, None].to(device), _MASKED_OUT)
-        wanted = wanted_UCT[users].float().to(device)
-        count_UT = wanted.sum(1)
-        likelihood_UT = (logits.log_softmax(1) * wanted).sum(1) / count_UT.clamp(min=1)
-        by_task = likelihood_UT.sum(0) / (count_UT > 0).sum(0).clamp(min=1)
-        total: Tensor = balance - by_task[0] - _OTHER_TASKS * by_task[1:].sum()
+        mine = users[ranks.share(len(users))]
+        logits, balance = ranker(features_UCF[mine].to(device))
+        logits = logits.masked_fill(~possible_UC[mine, :, None].to(device), _MASKED_OUT)
+        wanted = wanted_UCT[mine].float().to(device)
+        likelihood_UT = (logits.log_softmax(1) * wanted).sum(1) / wanted.sum(1).clamp(min=1)
+        num_T = wanted_UCT[users].any(1).sum(0).to(device)
+        by_task = likelihood_UT.sum(0) / num_T.clamp(min=1)
+        total: Tensor = balance * (len(mine) / len(users)) - by_task[0] - _OTHER_TASKS * by_task[1:].sum()
         return total
 
-    def epoch_done(epoch: int, _: float) -> None:
+    def epoch_done(epoch: int, metric: float) -> None:
         monitor.metrics()
-        on_progress(epoch / training.num_epochs)
+        on_epoch(epoch, metric)
 
     with monitor:
         fit(
@@ -364,5 +377,8 @@ def train_ranker(
             ),
             on_epoch=epoch_done,
             units=list(ranker.backbone.layers),
+            checkpoint=checkpoint,
+            generators=[generator],
+            ranks=ranks,
         )
     return ranker.cpu(), monitor

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from assay_platform.models.histories import Floats, Histories, Index
 from assay_platform.models.sequence import Events, SequenceConfig, SequenceEncoder, gap_buckets, times_before
-from assay_platform.training import TrainConfig, fastest_device, fit
+from assay_platform.training import ALONE, Checkpoint, Ranks, TrainConfig, fastest_device, fit
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,6 +44,15 @@ class _Batch(NamedTuple):
         events = Events(*(part.to(device) for part in self.events))
         return _Batch(events, *(part.to(device) for part in (self.row, self.place, self.target)))
 
+    def share(self, ranks: Ranks) -> "_Batch":
+        """Some of the windows, with what is asked of them."""
+        if ranks.count == 1:
+            return self
+        mine = ranks.share(len(self.events.item))
+        asked = (self.row >= mine.start) & (self.row < mine.stop)
+        events = Events(*(part[mine] for part in self.events))
+        return _Batch(events, self.row[asked] - mine.start, self.place[asked], self.target[asked])
+
 
 def train_sequence(
     histories: Histories,
@@ -54,8 +63,10 @@ def train_sequence(
     seed: int,
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
     evaluate: Callable[[SequenceEncoder], float] | None = None,
+    checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
 ) -> SequenceEncoder:
-    """graph_ID: vectors of items that it starts from."""
+    """graph_ID: vectors of items that it starts from. ranks: that train it together."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     encoder = SequenceEncoder(graph_ID, config)
@@ -69,13 +80,13 @@ def train_sequence(
         yield from windows.batches(generator)
 
     def loss(batch: _Batch) -> Tensor:
-        item_ID = encoder.item_vectors()
-        batch = batch.to(device)
+        item_ID, num_asked = encoder.item_vectors(), len(batch.target)
+        batch = batch.share(ranks).to(device)
         out = encoder(batch.events, item_ID)
         # A gather of rows: its gradient is a sum over them, that of places by two indices takes ten times as long.
         asked = out.flatten(0, 1).index_select(0, batch.row * out.shape[1] + batch.place)
         logits = encoder.score(asked, item_ID, encoder.bias_I)
-        return functional.cross_entropy(logits, batch.target)
+        return functional.cross_entropy(logits, batch.target, reduction="sum") / num_asked
 
     plan = TrainConfig(
         num_epochs=training.num_epochs, learning_rate=training.learning_rate, weight_decay=training.weight_decay
@@ -88,6 +99,9 @@ def train_sequence(
         evaluate=None if evaluate is None else lambda: evaluate(encoder.eval()),
         config=plan,
         on_epoch=on_epoch,
+        checkpoint=checkpoint,
+        generators=[generator],
+        ranks=ranks,
     )
     return encoder.cpu().eval()
 

@@ -7,7 +7,8 @@
 
 Everything here is float32 whatever the rest computes in: a rounding of the logits flips choices (Fedus et al., 'Switch
 Transformers', arXiv:2101.03961, section 2.4). State (biases, load history, centroids) is buffers, changes only in
-`after_step`, and there from sums over all ranks, so it is the same on each and part of every checkpoint.
+`after_step`, and from sums over all ranks, so it is the same on each and part of every checkpoint. Ranks run their
+routers alike in training: each batch's load is summed over them.
 
 Not covered: expert-choice routing, where experts choose rows; it looks at rows that come later.
 """
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear, normalize, pad
 
 from assay_platform.errors import ConfigError
 from assay_platform.moe.balance import (
@@ -250,7 +251,10 @@ class Router(nn.Module):
         routing = self._choose(affinity_NE.detach(), score_NE, allowed_E)
         if not self.training:
             return routing, score_NE.new_zeros(())
-        choices_E = count_choices(routing.expert_NK, self.num_experts)
+        # Of all ranks: a balance loss that is a product of load and probability is not the sum of its ranks' own.
+        seen_E1 = pad(count_choices(routing.expert_NK, self.num_experts), (0, 1), value=float(len(x_ND)))
+        _sum_over_ranks(seen_E1)
+        choices_E = seen_E1[:-1]
         load_E, probability_NE = choices_E / choices_E.sum().clamp_min(1.0), routing.probability_NE
         if self.has_newcomers():  # they take no part: a loss would push rows toward who cannot be chosen yet
             settled = (self.newcomer_E == 0.0).nonzero().squeeze(1)
@@ -258,8 +262,7 @@ class Router(nn.Module):
             probability_NE = probability_NE[:, settled]
             probability_NE = probability_NE / probability_NE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         loss = self.balance.loss(load_E, probability_NE, score_NE)
-        self._seen_E1[:-1] += choices_E
-        self._seen_E1[-1] += len(x_ND)
+        self._seen_E1 += seen_E1
         self.scores.saw(x_ND.detach(), routing.expert_NK)
         return routing, loss
 
@@ -309,7 +312,6 @@ class Router(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Once after every optimizer step, on all ranks alike: learn from the load of what was trained on."""
-        _sum_over_ranks(self._seen_E1)
         choices_E, num_rows = self._seen_E1[:-1], self._seen_E1[-1]
         self.scores.settle(_sum_over_ranks)
         if choices_E.any():
@@ -325,7 +327,7 @@ class Router(nn.Module):
         self._seen_E1.zero_()
 
     def choices(self) -> Tensor:
-        """(E,) how often every expert was chosen in training since the last step, on this rank."""
+        """(E,) how often every expert was chosen in training since the last step, on all ranks."""
         return self._seen_E1[:-1]
 
     @torch.no_grad()

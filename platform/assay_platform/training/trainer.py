@@ -1,8 +1,9 @@
 """One loop for every model: AdamW, warm-up then cosine, gradient clipping, early stopping on validation.
 
 The loop knows nothing of the model: it gets batches, a loss and an evaluation as functions. The best weights
-by validation are restored at the end. Modules with state that follows training outside of gradients, such as routers,
-have an `after_step` method, which is called after every optimizer step.
+by validation are restored at the end. Several processes train one model together where they are given as `Ranks`.
+Modules with state that follows training outside of gradients, such as routers, have an `after_step` method, which is
+called after every optimizer step.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from assay_platform.errors import ConfigError
 from assay_platform.training.checkpoint import Checkpoint
 from assay_platform.training.memory import keep_freed_memory
 from assay_platform.training.offload import OffloadedAdamW
+from assay_platform.training.ranks import ALONE, Ranks
 
 Batch = TypeVar("Batch")
 UpdateOn = Literal["device", "cpu", "cpu-late"]
@@ -118,7 +121,8 @@ def fit(
     on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
     units: Sequence[nn.Module] = (),
     checkpoint: Checkpoint | None = None,
-    generators: Sequence[torch.Generator] = (),
+    generators: Sequence[torch.Generator | np.random.Generator] = (),
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train `module` in place and leave it with its best weights.
 
@@ -126,8 +130,13 @@ def fit(
     metric, higher is better; without one the last weights stay and the metric is the epoch's number. on_epoch:
     called with (epoch from 1, metric); may raise StopTraining. units: see `OffloadedAdamW`.
     checkpoint: goes on where an earlier call stopped. generators: that batches are drawn with; torch's own is kept too.
+
+    ranks: all call this with the same weights, the same batches and the same generators; `loss` then is of this rank's
+    share of a batch, and the sum over ranks is the loss of the batch. Torch's own generator, from which dropout is
+    drawn, is another on each rank. The first evaluates and keeps the checkpoint; `on_epoch` is called on all.
     """
     keep_freed_memory()
+    seed = torch.initial_seed() % 2**62
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(trained, config, units)
     isolatings = [m for m in module.modules() if isinstance(m, IsolatesGradients)]
@@ -140,6 +149,7 @@ def fit(
     def step(batch: Batch, number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss(batch).backward()  # type: ignore[no-untyped-call]
+        ranks.sum_gradients(trained)
         nn.utils.clip_grad_norm_(trained, config.clip_norm)
         if number < config.isolated_fraction * num_steps:
             for isolating in isolatings:
@@ -159,30 +169,36 @@ def fit(
     shapes = [(name, tuple(value.shape)) for name, value in module.state_dict().items()]
     form = repr((config, num_batches, len(drawn_from), shapes))
     reached = _Reached()
-    kept = None if checkpoint is None else checkpoint.load()
+    kept = None if checkpoint is None else ranks.first(checkpoint.load)
     if kept is not None and kept["form"] == form:
         reached = _Reached(**kept["reached"])
         for name, part in parts.items():
             part.load_state_dict(kept[name])
         for generator, state in zip(drawn_from, kept["generators"], strict=True):
-            generator.set_state(state)
+            _set_state(generator, state)
     try:
         while not reached.ends(config):
             module.train()
+            if ranks.count > 1:
+                torch.manual_seed(seed + 1 + len(reached.history) * ranks.count + ranks.number)
             for batch in batches(len(reached.history) + 1):
                 step(batch, reached.num_steps)
                 reached.num_steps += 1
             if isinstance(optimizer, OffloadedAdamW):
                 optimizer.flush()
             module.eval()
-            reached.add(float(len(reached.history) + 1) if evaluate is None else evaluate(), module, config)
-            if checkpoint is not None:
+            metric = float(len(reached.history) + 1) if evaluate is None else ranks.first(evaluate)
+            reached.add(metric, module, config)
+            if checkpoint is not None and ranks.number == 0:
                 states = {name: part.state_dict() for name, part in parts.items()}
-                drawn = [generator.get_state() for generator in drawn_from]
+                drawn = [_state(generator) for generator in drawn_from]
                 checkpoint.save({**states, "form": form, "reached": vars(reached), "generators": drawn})
+            stopped = False
             try:
                 on_epoch(len(reached.history), reached.history[-1])
             except StopTraining:
+                stopped = True
+            if ranks.any(stopped):
                 break
     finally:
         if isinstance(optimizer, OffloadedAdamW):
@@ -214,6 +230,17 @@ class _Reached:
                 name: value.clone() if on_device else value.to("cpu", copy=True)
                 for name, value in module.state_dict().items()
             }
+
+
+def _state(generator: torch.Generator | np.random.Generator) -> Any:
+    return generator.get_state() if isinstance(generator, torch.Generator) else dict(generator.bit_generator.state)
+
+
+def _set_state(generator: torch.Generator | np.random.Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
 
 
 def _of_gpus(weights: Sequence[Tensor]) -> list[torch.Generator]:

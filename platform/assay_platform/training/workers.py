@@ -1,0 +1,158 @@
+"""Train one model on several workers of a Ray cluster, through Ray Train: gloo between CPUs, NCCL between GPUs.
+
+Ray Train starts the workers and their process group; what a step does is `fit`'s, see `Ranks`. A worker that dies takes
+its group with it, and a new group goes on after the last epoch that the checkpoint has. Ray Train's own restarts are
+not used: they repeat errors of the training's code, too.
+"""
+
+import pickle
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from assay_platform.errors import AssayError, ClusterError, ConfigError, WorkError
+from assay_platform.tasks.cluster import quiet_ray_environment, ray_cluster
+from assay_platform.training.checkpoint import Checkpoint
+from assay_platform.training.ranks import Ranks
+
+Trained = TypeVar("Trained")
+
+_MAX_RESTARTS = 3
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """num: how many train together; one is this process. folder: for their checkpoints; every node has to see it."""
+
+    num: int = 1
+    folder: Path | None = None
+
+    def train(
+        self,
+        work: Callable[..., Trained],
+        data: Mapping[str, Any],
+        *,
+        on_epoch: Callable[[int, float], None] = lambda epoch, metric: None,
+        checkpoint: Checkpoint | None = None,
+    ) -> Trained:
+        """What `work(**data, on_epoch=…, checkpoint=…)` returns; with `ranks=…` too on several workers, of the first.
+
+        work: trains by `fit`. Several workers take it and give its result pickled, read `data` from the object store,
+        and go on after the loss of one even without a checkpoint of the caller's. They are on GPUs if the cluster has
+        one for each, else on equal parts of its cores. on_epoch: called here, in this thread.
+
+        Raises:
+            ConfigError: the cluster is too small.
+            ClusterError: workers died too often.
+            WorkError: `work` failed.
+        """
+        if self.num == 1:
+            return work(**data, on_epoch=on_epoch, checkpoint=checkpoint)
+        assert self.folder is not None
+        with ray_cluster():
+            import ray
+            from ray.util.queue import Empty, Queue
+
+            folder = (self.folder / uuid.uuid4().hex).resolve()
+            told = Queue(actor_options={"num_cpus": 0})
+            held = checkpoint or Checkpoint(folder / "training.pt", "")
+            arguments = {"work": work, "data": ray.put(dict(data)), "told": told, "checkpoint": held}
+            groups = partial(_trainer, self.num, folder, arguments)
+            groups()  # says whether the cluster is large enough
+            ended: list[Any] = []
+            # In a thread of its own: Ray Train takes Ctrl-C over in the main one, and does not give it back.
+            thread = threading.Thread(target=lambda: ended.append(_outcome(groups)), daemon=True)
+            thread.start()
+            try:
+                while thread.is_alive() or not told.empty():
+                    try:
+                        on_epoch(*told.get(timeout=_POLL_S))
+                    except Empty:
+                        continue
+            finally:
+                told.shutdown(force=True)
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(ended[0], Exception):
+                raise ended[0]
+            trained: Trained = pickle.loads(ended[0])  # noqa: S301 - of our own worker
+            return trained
+
+
+HERE = Workers()
+
+
+def _outcome(groups: Callable[[], Any]) -> Any:
+    """What the last group of workers returned, or the error."""
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError, WorkerGroupError
+
+    for again in range(_MAX_RESTARTS, -1, -1):
+        try:
+            return groups().fit().return_value
+        except WorkerGroupError as error:
+            for cause in error.worker_failures.values():
+                if isinstance(cause, AssayError):
+                    return cause
+                # A loss is of Ray's kinds, and a RuntimeError where the other workers miss the one that was lost.
+                if not (isinstance(cause, RuntimeError) or type(cause).__module__.startswith("ray.")):
+                    return WorkError(f"the training on workers failed: {type(cause).__name__}: {cause}")
+            lost: Exception = error
+        except (TrainingFailedError, RayError) as error:
+            lost = error
+        if not again:
+            break
+    return ClusterError(f"the training lost workers {_MAX_RESTARTS + 1} times: {lost}")
+
+
+def _trainer(num: int, folder: Path, arguments: Mapping[str, Any]) -> Any:
+    quiet_ray_environment()
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster: Any = ray
+    nodes = [node["Resources"] for node in cluster.nodes() if node["Alive"]]
+    on_gpus = sum(int(node.get("GPU", 0)) for node in nodes) >= num
+    needs = {"CPU": float(cores_each([node.get("CPU", 0.0) for node in nodes], num))}
+    return TorchTrainer(
+        _work,
+        train_loop_config=dict(arguments),
+        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num, use_gpu=on_gpus, resources_per_worker=needs),
+        run_config=RunConfig(name="run", storage_path=str(folder)),
+    )
+
+
+def cores_each(nodes: Sequence[float], num_workers: int) -> int:
+    """The most cores that each of the workers can have on nodes of so many.
+
+    Raises:
+        ConfigError: there is less than one for each.
+    """
+    for cores in range(int(max(nodes, default=0)), 0, -1):
+        if sum(int(node // cores) for node in nodes) >= num_workers:
+            return cores
+    raise ConfigError(f"{num_workers} workers need a core each; the cluster has {sum(nodes):g}")
+
+
+def _work(arguments: dict[str, Any]) -> Any:
+    """On a worker."""
+    import ray
+
+    cluster: Any = ray
+    ranks, told = Ranks.here(), arguments["told"]
+
+    def on_epoch(epoch: int, metric: float) -> None:
+        if ranks.number == 0:
+            told.put((epoch, metric))
+
+    data = cluster.get(arguments["data"])
+    trained = arguments["work"](**data, on_epoch=on_epoch, checkpoint=arguments["checkpoint"], ranks=ranks)
+    # Ray Train takes no tensors.
+    return pickle.dumps(trained) if ranks.number == 0 else None
