@@ -114,15 +114,15 @@ def test_shares_are_all_rows_once() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "num_workers", "expected"),
-    [([2.0], 2, 1), ([2.0], 1, 2), ([16.0, 16.0], 2, 16), ([16.0, 16.0], 3, 8), ([2.0, 6.0], 2, 3), ([0.0, 4.0], 4, 1)],
+    [([2], 2, 1), ([2], 1, 2), ([16, 16], 2, 16), ([16, 16], 3, 8), ([2, 6], 2, 3), ([0, 4], 4, 1)],
 )
-def test_cores_are_shared_as_far_as_nodes_can_hold(nodes: list[float], num_workers: int, expected: int) -> None:
+def test_cores_are_shared_as_far_as_nodes_can_hold(nodes: list[int], num_workers: int, expected: int) -> None:
     assert cores_each(nodes, num_workers) == expected
 
 
 def test_a_cluster_that_is_too_small_is_named() -> None:
     with pytest.raises(ConfigError, match="5 workers need a core each; the cluster has 4"):
-        cores_each([2.0, 2.0], 5)
+        cores_each([2, 2], 5)
 
 
 # -------------------------------------------------------------------------------------------------- on Ray

@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 
 from assay_platform.errors import AssayError, ClusterError, ConfigError, WorkError
 from assay_platform.tasks.cluster import quiet_ray_environment, ray_cluster
+from assay_platform.tasks.shares import Share
 from assay_platform.training.checkpoint import Checkpoint
 from assay_platform.training.ranks import Ranks
 
 Trained = TypeVar("Trained")
 
 _MAX_RESTARTS = 3
-_POLL_S = 0.2
+_POLL_S, _ANSWER_S = 0.2, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class Workers:
 
         work: trains by `fit`. Several workers take it and give its result pickled, read `data` from the object store,
         and go on after the loss of one even without a checkpoint of the caller's. They are on GPUs if the cluster has
-        one for each, else on equal parts of its cores. on_epoch: called here, in this thread.
+        one for each, else on equal parts of its cores, or of a fair share of them where others search or train too.
+        on_epoch: called here, in this thread.
 
         Raises:
             ConfigError: the cluster is too small.
@@ -63,7 +65,8 @@ class Workers:
             told = Queue(actor_options={"num_cpus": 0})
             held = checkpoint or Checkpoint(folder / "training.pt", "")
             arguments = {"work": work, "data": ray.put(dict(data)), "told": told, "checkpoint": held}
-            groups = partial(_trainer, self.num, folder, arguments)
+            share = Share(sum(_cores_of_nodes()))
+            groups = partial(_trainer, self.num, share, folder, arguments)
             groups()  # says whether the cluster is large enough
             ended: list[Any] = []
             # In a thread of its own: Ray Train takes Ctrl-C over in the main one, and does not give it back.
@@ -71,11 +74,13 @@ class Workers:
             thread.start()
             try:
                 while thread.is_alive() or not told.empty():
+                    share.cores()  # or others would take it for ended
                     try:
                         on_epoch(*told.get(timeout=_POLL_S))
                     except Empty:
                         continue
             finally:
+                share.close()
                 told.shutdown(force=True)
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(ended[0], Exception):
@@ -110,35 +115,41 @@ def _outcome(groups: Callable[[], Any]) -> Any:
     return ClusterError(f"the training lost workers {_MAX_RESTARTS + 1} times: {lost}")
 
 
-def _trainer(num: int, folder: Path, arguments: Mapping[str, Any]) -> Any:
+def _cores_of_nodes() -> list[int]:
+    import ray
+
+    cluster: Any = ray
+    return [int(node["Resources"].get("CPU", 0)) for node in cluster.nodes() if node["Alive"]]
+
+
+def _trainer(num: int, share: Share, folder: Path, arguments: Mapping[str, Any]) -> Any:
     quiet_ray_environment()
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cluster: Any = ray
-    nodes = [node["Resources"] for node in cluster.nodes() if node["Alive"]]
-    on_gpus = sum(int(node.get("GPU", 0)) for node in nodes) >= num
-    needs = {"CPU": float(cores_each([node.get("CPU", 0.0) for node in nodes], num))}
+    on_gpus = cluster.cluster_resources().get("GPU", 0) >= num
+    cores = min(cores_each(_cores_of_nodes(), num), max(1, share.cores(_ANSWER_S) // num))
     return TorchTrainer(
         _work,
         train_loop_config=dict(arguments),
         torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num, use_gpu=on_gpus, resources_per_worker=needs),
+        scaling_config=ScalingConfig(num_workers=num, use_gpu=on_gpus, resources_per_worker={"CPU": float(cores)}),
         run_config=RunConfig(name="run", storage_path=str(folder)),
     )
 
 
-def cores_each(nodes: Sequence[float], num_workers: int) -> int:
+def cores_each(nodes: Sequence[int], num_workers: int) -> int:
     """The most cores that each of the workers can have on nodes of so many.
 
     Raises:
         ConfigError: there is less than one for each.
     """
-    for cores in range(int(max(nodes, default=0)), 0, -1):
-        if sum(int(node // cores) for node in nodes) >= num_workers:
+    for cores in range(max(nodes, default=0), 0, -1):
+        if sum(node // cores for node in nodes) >= num_workers:
             return cores
-    raise ConfigError(f"{num_workers} workers need a core each; the cluster has {sum(nodes):g}")
+    raise ConfigError(f"{num_workers} workers need a core each; the cluster has {sum(nodes)}")
 
 
 def _work(arguments: dict[str, Any]) -> Any:

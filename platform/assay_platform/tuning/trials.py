@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from assay_platform.errors import WorkError
 from assay_platform.tasks.cluster import quiet_ray_environment
+from assay_platform.tasks.shares import Share
 from assay_platform.tuning.stopping import Curve, Stopping, share_cores
 
 # report(epoch, metric): once an epoch; higher is better. Does not come back where the trial is to end.
@@ -59,6 +60,10 @@ class Desk:
         self._running.discard(trial)
         return list(self.stopping.of.get(trial, []))
 
+    def resize(self, num_cores: int) -> None:
+        """So many cores to share from now on."""
+        self.num_cores = num_cores
+
     def curves(self) -> dict[int, Curve]:
         """Of the trials that run."""
         return {trial: list(self.stopping.of.get(trial, [])) for trial in self._running}
@@ -78,7 +83,9 @@ class Ended:
 class Workers(Protocol):
     """Run trials. Every method is called from one thread."""
 
-    num_slots: int
+    @property
+    def num_slots(self) -> int:
+        """How many may run at once; it can change."""
 
     def start(self, trial: int, params: dict[str, Any]) -> None:
         """Begin one; fewer than `num_slots` run."""
@@ -115,7 +122,10 @@ def _run(objective: Objective, params: dict[str, Any], data: Any, report: Report
 class HereWorkers:
     """This process; a trial that is over time ends at its next report."""
 
-    num_slots = 1
+    @property
+    def num_slots(self) -> int:
+        """One."""
+        return 1
 
     def __init__(
         self, objective: Objective, data: Any, desk: Desk, *, clock: Callable[[], float] = time.monotonic
@@ -161,6 +171,7 @@ class RayWorkers:
     """Actors of a running Ray cluster, a core each, which trials use one after the other.
 
     A trial whose worker dies is started again in a new one, twice at most. Data are put into the object store once.
+    Where other programs search on the cluster too, it uses a fair share of it, see `shares`.
     """
 
     def __init__(self, objective: Objective, data: Any, desk: Desk, *, num_slots: int) -> None:
@@ -168,7 +179,8 @@ class RayWorkers:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.num_slots = num_slots
+        self._num_slots, self._num_cores = num_slots, desk.num_cores
+        self._share = Share(max(num_slots, desk.num_cores) if desk.elastic else num_slots)
         self._ray: Any = ray
         self._objective, self._data = ray.put(objective), ray.put(data)
         # Beside the driver: what they share is lost together, and other nodes may come and go.
@@ -177,6 +189,15 @@ class RayWorkers:
         self._desk: Any = ray.remote(Desk).options(**options).remote(desk.stopping, desk.num_cores, desk.elastic)
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[int, dict[str, Any], Any, int]] = {}  # ref → trial, params, actor, restarts
+
+    @property
+    def num_slots(self) -> int:
+        """See `Workers`."""
+        cores = self._share.cores()
+        if cores != self._num_cores:
+            self._num_cores = cores
+            self._desk.resize.remote(cores)
+        return min(self._num_slots, cores)
 
     def start(self, trial: int, params: dict[str, Any]) -> None:
         """See `Workers`."""
@@ -207,6 +228,8 @@ class RayWorkers:
                 stopped, values, error = False, {}, f"its worker died {restarts + 1} times: {_line(problem)}"
             except RayError as problem:
                 stopped, values, error = False, {}, _line(problem)
+            if self._idle and len(self._running) + len(self._idle) > self.num_slots:
+                self._ray.kill(self._idle.pop())  # others have a right to its core
             curve = self._asked(self._desk.end.remote(trial))
             ended.append(Ended(trial=trial, curve=curve, stopped=stopped, values=values, error=error))
         return ended
@@ -230,6 +253,7 @@ class RayWorkers:
             self._ray.kill(actor)
         if self._desk is not None:
             self._ray.kill(self._desk)
+            self._share.close()
         self._idle, self._running, self._desk = [], {}, None
 
 
