@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from assay_platform.tuning.space import Dimension, OneOf, Real, Space, Whole
+from assay_platform.tuning.space import OneOf, Real, Space, Whole, from_unit
 
 FOLDER = Path(__file__).parent / "surfaces"
 NUM_EPOCHS = 9
@@ -55,16 +55,7 @@ RECORDED: dict[str, tuple[Space, Params]] = {
 
 def draw(space: Space, generator: np.random.Generator) -> Params:
     """A point of a space without conditions."""
-
-    def one(dimension: Dimension) -> Any:
-        if isinstance(dimension, OneOf):
-            return dimension.values[int(generator.integers(len(dimension.values)))]
-        low, high = (np.log(end) if dimension.log else end for end in (dimension.low, dimension.high))
-        value = generator.uniform(low, high)
-        value = float(np.exp(value) if dimension.log else value)
-        return value if isinstance(dimension, Real) else int(np.clip(round(value), dimension.low, dimension.high))
-
-    return {name: one(dimension) for name, dimension in space.items()}
+    return {name: from_unit(dimension, generator.random()) for name, dimension in space.items()}
 
 
 class Recorded:

@@ -6,7 +6,7 @@ interpreter that has it. All start from the same default configuration, which is
 The goal is the quality that one random point in 500 has. A search that does not get there counts with all its trials;
 one that does ends. Regret is what is left of the way from the default to the optimum then. Surfaces: `_surfaces.py`.
 
-    assay bench search_regret [--json] [--seeds 20] [--trials 100] [--flaml PYTHON]
+    assay bench search_regret [--json] [--seeds 20] [--trials 100] [--flaml PYTHON] [--jobs 2]
 """
 
 import argparse
@@ -16,8 +16,11 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from assay_platform.tuning.search import Report, SearchBudget, search
@@ -98,6 +101,32 @@ def flaml(python: str, name: str, num: int, seed: int, goal: float) -> list[floa
     return [float(value) for value in json.loads(done.stdout.splitlines()[-1])]
 
 
+class Setting(NamedTuple):
+    """What all seeds of a surface have in common."""
+
+    name: str
+    num: int
+    goal: float
+    flaml: str | None
+
+
+def all_of(setting: Setting, seed: int) -> tuple[dict[str, list[float]], float]:
+    """Metric of every trial of every search, and seconds that ours took a trial."""
+    warnings.simplefilter("ignore")
+    surface = surfaces(setting.name)[setting.name]
+    runs: dict[str, list[float]] = {}
+    began = time.perf_counter()
+    runs["ours"] = ours(surface, setting.num, seed, setting.goal)
+    overhead = (time.perf_counter() - began) / len(runs["ours"])
+    start = surface.curve(surface.defaults)[-1]
+    runs["random"] = [start, *at_random(surface, 20 * RARE, 100 + seed)]
+    for peer in ("TPE", "GP"):
+        runs[f"{peer} of Optuna"] = optuna_alone(surface, setting.num, seed, setting.goal, peer)
+    if setting.flaml:
+        runs["FLAML"] = flaml(setting.flaml, setting.name, setting.num, seed, setting.goal)
+    return runs, overhead
+
+
 def main() -> None:
     """Every search on every surface."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,8 +134,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--only", help="names of surfaces, with commas between")
     parser.add_argument("--flaml", help="an interpreter that has flaml")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at once, a process each")
     call, _ = parser.parse_known_args()
-    warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
     ratios: dict[str, list[float]] = {}
     overhead: list[float] = []
@@ -115,16 +144,11 @@ def main() -> None:
         goal = float(np.quantile(at_random(surface, 50_000, 1), 1 - 1 / RARE))
         needed: dict[str, list[int]] = {}
         regret: dict[str, list[float]] = {}
-        for seed in range(call.seeds):
-            runs = {}
-            began = time.perf_counter()
-            runs["ours"] = ours(surface, call.trials, seed, goal)
-            overhead.append((time.perf_counter() - began) / len(runs["ours"]))
-            runs["random"] = [start, *at_random(surface, 20 * RARE, 100 + seed)]
-            for peer in ("TPE", "GP"):
-                runs[f"{peer} of Optuna"] = optuna_alone(surface, call.trials, seed, goal, peer)
-            if call.flaml:
-                runs["FLAML"] = flaml(call.flaml, name, call.trials, seed, goal)
+        setting = Setting(name, call.trials, goal, call.flaml)
+        with ProcessPoolExecutor(call.jobs, mp_context=get_context("spawn")) as processes:
+            of_seeds = list(processes.map(partial(all_of, setting), range(call.seeds)))
+        for runs, seconds in of_seeds:
+            overhead.append(seconds)
             for searcher, values in runs.items():
                 needed.setdefault(searcher, []).append(trials_needed(values, goal))
                 regret.setdefault(searcher, []).append((surface.optimum - max(values)) / (surface.optimum - start))
