@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--flaml", help="an interpreter that has flaml")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once, a process each")
     call, _ = parser.parse_known_args()
+    warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
     ratios: dict[str, list[float]] = {}
     overhead: list[float] = []

@@ -22,7 +22,7 @@ from assay_platform.models.histories import DAY_US, Histories
 from assay_platform.models.recommender import RankerConfig
 from assay_platform.models.sequence import SequenceConfig
 from assay_platform.training import ALONE, Checkpoint, Ranks, TrainConfig, Workers, fit
-from assay_platform.training.workers import cores_each
+from assay_platform.training.workers import _check_lost, cores_each
 from torch import Tensor
 
 # Three, so that shares are of different sizes.
@@ -167,6 +167,27 @@ def line(rows: Tensor, killed: Path, on_epoch: Any, checkpoint: Checkpoint | Non
 
 def failing(data: int, on_epoch: Any, checkpoint: Any, ranks: Ranks) -> None:
     raise ValueError(f"{data} is not a table")
+
+
+class LostError(Exception):
+    """As Ray's kinds are told: by the module that they are of."""
+
+    __module__ = "ray.train"
+
+
+def test_what_the_training_itself_fails_with_is_not_taken_for_a_loss() -> None:
+    for causes in (
+        [LostError()],
+        [RuntimeError("connection closed"), LostError()],
+        [RuntimeError("connection closed")],
+    ):
+        _check_lost(causes, 2)
+    with pytest.raises(WorkError, match="RuntimeError: out of memory"):
+        _check_lost([RuntimeError("out of memory"), RuntimeError("out of memory")], 2)
+    with pytest.raises(WorkError, match="KeyError"):
+        _check_lost([KeyError("x"), LostError()], 2)
+    with pytest.raises(ConfigError, match="two rows"):
+        _check_lost([RuntimeError("connection closed"), ConfigError("two rows")], 2)
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,19 +62,17 @@ class Workers:
             import ray
             from ray.util.queue import Empty, Queue
 
+            cores_each(_cores_of_nodes(), self.num)  # says whether the cluster is large enough
             folder = (self.folder / uuid.uuid4().hex).resolve()
-            told = Queue(actor_options={"num_cpus": 0})
+            told, share = Queue(actor_options={"num_cpus": 0}), Share(sum(_cores_of_nodes()))
             held = checkpoint or Checkpoint(folder / "training.pt", "")
             arguments = {"work": work, "data": ray.put(dict(data)), "told": told, "checkpoint": held}
-            share = Share(sum(_cores_of_nodes()))
-            groups = partial(_trainer, self.num, share, folder, arguments)
-            groups()  # says whether the cluster is large enough
-            ended: list[Any] = []
+            group = partial(_trainer, self.num, share.cores(_ANSWER_S), folder, arguments)
+            result: Future[bytes] = Future()
             # In a thread of its own: Ray Train takes Ctrl-C over in the main one, and does not give it back.
-            thread = threading.Thread(target=lambda: ended.append(_outcome(groups)), daemon=True)
-            thread.start()
+            threading.Thread(target=_settle, args=(result, group, self.num), daemon=True).start()
             try:
-                while thread.is_alive() or not told.empty():
+                while not result.done() or not told.empty():
                     share.cores()  # or others would take it for ended
                     try:
                         on_epoch(*told.get(timeout=_POLL_S))
@@ -83,36 +82,51 @@ class Workers:
                 share.close()
                 told.shutdown(force=True)
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(ended[0], Exception):
-                raise ended[0]
-            trained: Trained = pickle.loads(ended[0])  # noqa: S301 - of our own worker
+            trained: Trained = pickle.loads(result.result())  # noqa: S301 - of our own worker
             return trained
 
 
 HERE = Workers()
 
 
-def _outcome(groups: Callable[[], Any]) -> Any:
-    """What the last group of workers returned, or the error."""
+def _settle(result: "Future[bytes]", group: Callable[[], Any], num: int) -> None:
+    try:
+        result.set_result(_trained(group, num))
+    except BaseException as error:  # noqa: BLE001 - whoever waits for the result gets it
+        result.set_exception(error)
+
+
+def _trained(group: Callable[[], Any], num: int) -> bytes:
+    """What the last group of workers returned."""
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError, WorkerGroupError
 
-    for again in range(_MAX_RESTARTS, -1, -1):
+    last = ""
+    for _ in range(_MAX_RESTARTS + 1):
         try:
-            return groups().fit().return_value
+            returned: bytes = group().fit().return_value
         except WorkerGroupError as error:
-            for cause in error.worker_failures.values():
-                if isinstance(cause, AssayError):
-                    return cause
-                # A loss is of Ray's kinds, and a RuntimeError where the other workers miss the one that was lost.
-                if not (isinstance(cause, RuntimeError) or type(cause).__module__.startswith("ray.")):
-                    return WorkError(f"the training on workers failed: {type(cause).__name__}: {cause}")
-            lost: Exception = error
+            _check_lost(list(error.worker_failures.values()), num)
+            last = str(error)
         except (TrainingFailedError, RayError) as error:
-            lost = error
-        if not again:
-            break
-    return ClusterError(f"the training lost workers {_MAX_RESTARTS + 1} times: {lost}")
+            last = str(error)
+        else:
+            return returned
+    raise ClusterError(f"the training on workers was begun {_MAX_RESTARTS + 1} times and lost; the last time: {last}")
+
+
+def _check_lost(causes: Sequence[Exception], num: int) -> None:
+    """Raises:
+    AssayError: what the training itself failed with, where no worker was lost.
+    """
+    own = [cause for cause in causes if not type(cause).__module__.startswith("ray.")]
+    on_purpose = next((cause for cause in own if isinstance(cause, AssayError)), None)
+    if on_purpose is not None:
+        raise on_purpose
+    # Those that miss a lost worker fail with a RuntimeError. Where all have failed, nobody was lost.
+    telling = [cause for cause in own if not isinstance(cause, RuntimeError)] or (own if len(own) == num else [])
+    if telling:
+        raise WorkError(f"the training on workers failed: {type(telling[0]).__name__}: {telling[0]}")
 
 
 def _cores_of_nodes() -> list[int]:
@@ -122,7 +136,7 @@ def _cores_of_nodes() -> list[int]:
     return [int(node["Resources"].get("CPU", 0)) for node in cluster.nodes() if node["Alive"]]
 
 
-def _trainer(num: int, share: Share, folder: Path, arguments: Mapping[str, Any]) -> Any:
+def _trainer(num: int, num_cores: int, folder: Path, arguments: Mapping[str, Any]) -> Any:
     quiet_ray_environment()
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -130,7 +144,7 @@ def _trainer(num: int, share: Share, folder: Path, arguments: Mapping[str, Any])
 
     cluster: Any = ray
     on_gpus = cluster.cluster_resources().get("GPU", 0) >= num
-    cores = min(cores_each(_cores_of_nodes(), num), max(1, share.cores(_ANSWER_S) // num))
+    cores = min(cores_each(_cores_of_nodes(), num), max(1, num_cores // num))
     return TorchTrainer(
         _work,
         train_loop_config=dict(arguments),
