@@ -47,7 +47,8 @@ def run_search(num_trials: int, found: dict[str, SearchResult], name: str, ended
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_two_searches_on_a_cluster_share_it(ray_session: str) -> None:
+def test_two_searches_on_a_cluster_share_it(ray_session: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # as in a job; a cluster of one's own has nobody to share with
     found: dict[str, SearchResult] = {}
     ended: list[tuple[str, float]] = []
     first = threading.Thread(target=run_search, args=(50, found, "first", ended))

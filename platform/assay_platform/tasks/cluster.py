@@ -23,6 +23,11 @@ def quiet_ray_environment() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 
+def may_be_shared() -> bool:
+    """Whether other programs can be on the cluster too; a local one is this program's alone."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def ray_cluster(num_cpus: int | None = None) -> Iterator[None]:
     """Make Ray usable inside the block.

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from assay_platform.tasks.cluster import may_be_shared
+
 _NAME, _NAMESPACE = "assay-shares", "assay"
 _ASKED_EVERY_S, _FORGOTTEN_S = 1.0, 15.0
 
@@ -47,7 +49,7 @@ class _Ledger:
 
 
 class Share:
-    """What this program may use of the running Ray cluster, while it is open."""
+    """What this program may use of the running Ray cluster, while it is open: all that it wants of a local one."""
 
     def __init__(self, wanted: int) -> None:
         import ray
@@ -55,8 +57,11 @@ class Share:
         self._ray: Any = ray
         self._program, self._wanted = uuid.uuid4().hex, wanted
         self._cores, self._asked_s, self._asked = wanted, -_ASKED_EVERY_S, None
+        self._ledger: Any = None
+        if not may_be_shared():
+            return
         # It outlives programs; whatever it forgets when its node is lost, it is told again within a second.
-        self._ledger: Any = ray.remote(_Ledger).options(
+        self._ledger = ray.remote(_Ledger).options(
             name=_NAME, namespace=_NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1,
             max_task_retries=-1,
         ).remote()  # fmt: skip
@@ -69,6 +74,8 @@ class Share:
         from ray.exceptions import RayError
 
         now = time.monotonic()
+        if self._ledger is None:
+            return self._cores
         if self._asked is None and now - self._asked_s >= _ASKED_EVERY_S:
             num_cores = int(self._ray.cluster_resources().get("CPU", 1))
             self._asked = self._ledger.ask.remote(self._program, self._wanted, num_cores)
@@ -81,4 +88,5 @@ class Share:
 
     def close(self) -> None:
         """Others may have it. Safe to repeat."""
-        self._ledger.leave.remote(self._program)
+        if self._ledger is not None:
+            self._ledger.leave.remote(self._program)
