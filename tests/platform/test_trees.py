@@ -156,3 +156,35 @@ def test_a_batch_on_all_cores_leaves_torch_the_threads_it_had():
     # Numba starts its threads once a process.
     two = {**os.environ, "OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=two)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    num_leaves=st.sampled_from([2, 31, 32, 33, 64, 65, 150]),
+    num_rows=st.sampled_from([9, 63, 64, 65, 200]),
+    missing=st.sampled_from([0.0, 0.3]),
+    kind=st.sampled_from([np.float32, np.float64]),
+)
+def test_many_rows_score_as_one_by_one_to_the_bit(seed, num_leaves, num_rows, missing, kind):
+    booster, rows = _trained(seed, num_rows=1000, num_leaves=num_leaves, min_data_in_leaf=2, missing=missing)
+    trees = TreeEnsemble.from_lightgbm(booster)
+    # Values at a threshold, next to it in both precisions, and beyond all of them.
+    cuts = trees.threshold[trees.column >= 0]
+    rng = np.random.default_rng(seed)
+    asked = rows[:num_rows].astype(kind)
+    near = rng.choice(cuts, size=asked.shape).astype(kind)
+    near = rng.choice(np.stack([near, np.nextafter(near, kind(-np.inf)), np.nextafter(near, kind(np.inf))]), axis=0)
+    asked = np.where(rng.random(asked.shape) < 0.5, near, asked)
+    asked[0], asked[1], asked[2] = np.inf, -np.inf, np.nan
+    many = trees.logits(asked)
+    assert np.array_equal(many, np.concatenate([trees.logits(row[None]) for row in asked]))
+
+
+def test_trees_that_share_a_node_are_refused():
+    trees = TreeEnsemble.from_lightgbm(_trained()[0])
+    tensors = trees.to_tensors()
+    right = tensors["right"].clone()
+    right[0] = tensors["left"][0]
+    with pytest.raises(ArtifactError, match="damaged"):
+        TreeEnsemble.from_tensors({**tensors, "right": right}, 6)

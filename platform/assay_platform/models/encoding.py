@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +62,9 @@ class TabularEncoder:
         codes_NC = np.zeros((num_rows, len(self.categorical)), dtype=np.int64)
         for i, name in enumerate(self.categorical):
             code_of = self._code_of[i]
-            codes_NC[:, i] = [code_of.get(value, 0) for value in columns[name]]
+            column = columns[name]
+            values = column.tolist() if isinstance(column, np.ndarray) else column
+            codes_NC[:, i] = list(map(code_of.get, values, repeat(0)))
         return EncodedRows(torch.from_numpy(values_NF), torch.from_numpy(codes_NC))
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ are numbers here, categories their rank by frequency), objectives with more than
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,10 +69,13 @@ class TreeEnsemble:
 
         rows = np.ascontiguousarray(rows_NF)
         out = np.zeros(len(rows))
-        if len(rows) <= _FEW_ROWS:
+        if len(rows) <= _FEW_ROWS or not len(self):
             trees_numba.score_one_by_one(rows, self.roots, self._nodes, out)
         else:
-            _on_all_cores(trees_numba.score_trees, rows, self.roots, self._nodes, out)
+            splits = self._splits
+            cuts = splits.cut32 if rows.dtype == np.float32 else splits.cut
+            _on_all_cores(trees_numba.score_trees, rows, splits.split, cuts, splits.start, splits.leaf,
+                          splits.first_leaf, splits.most_words, out)  # fmt: skip
         return out
 
     def explain(
@@ -105,6 +108,40 @@ class TreeEnsemble:
             nodes[name] = getattr(self, name)
         return nodes
 
+    @cached_property
+    def _splits(self) -> "_Splits":
+        """As the loop over many rows takes them: tree by tree, each with the leaves on its left."""
+        from assay_platform.kernels.trees_numba import SPLIT, WORD, number_leaves
+
+        tree, first, count = (np.full(len(self.column), -1, dtype=np.int64) for _ in range(3))
+        number_leaves(self.roots, self.column, self.left, self.right, tree, first, count)
+        leaves = np.flatnonzero((self.column < 0) & (tree >= 0))
+        first_leaf = np.concatenate([[0], np.cumsum(count[self.roots])])
+        leaf = np.empty(len(leaves))
+        leaf[first_leaf[tree[leaves]] + first[leaves]] = self.value[leaves]
+
+        inner = np.flatnonzero((self.column >= 0) & (tree >= 0))
+        inner = inner[np.argsort(tree[inner], kind="stable")]
+        begin = first[inner]
+        end = begin + count[self.left[inner]]
+        num_words = (end - 1) // WORD - begin // WORD + 1
+        node, begin, end = (np.repeat(of, num_words) for of in (inner, begin, end))
+        word = begin // WORD + np.arange(len(node)) - np.repeat(np.cumsum(num_words) - num_words, num_words)
+        low, high = (np.clip(place - word * WORD, 0, WORD) for place in (begin, end))
+        split = np.empty(len(node), dtype=SPLIT)
+        split["keep"] = ~((1 << high) - (1 << low))
+        split["column"], split["word"], split["nan_left"] = self.column[node], word, self.nan_left[node]
+        cut = self.threshold[node]
+        return _Splits(
+            split=split,
+            cut=cut,
+            cut32=_rounded_down(cut),
+            start=np.searchsorted(tree[node], np.arange(len(self) + 1)),
+            leaf=leaf,
+            first_leaf=first_leaf,
+            most_words=-(-int(count[self.roots].max()) // WORD),
+        )
+
     def to_tensors(self) -> dict[str, Tensor]:
         """For an artifact."""
         return {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
@@ -125,17 +162,33 @@ class TreeEnsemble:
         num_nodes = len(arrays["column"])
         inner = arrays["column"] >= 0
         at = np.arange(num_nodes)
-        # Children lie after their parent, so every walk ends.
+        # Children lie after their parent, so every walk ends; no node has two parents.
         is_sound = all(len(a) == num_nodes for name, a in arrays.items() if name != "roots") and bool(
             (arrays["column"] < num_columns).all()
             and all(((arrays[s] > at) & (arrays[s] < num_nodes))[inner].all() for s in ("left", "right"))
             and ((arrays["roots"] >= 0) & (arrays["roots"] < num_nodes)).all()
+            and np.bincount(np.concatenate([arrays[s][inner] for s in ("left", "right")] + [arrays["roots"]])).max(
+                initial=0
+            )
+            <= 1
         )
         if not is_sound:
             raise ArtifactError(
                 f"the trees are damaged: a place is outside of {num_nodes} nodes, {num_columns} columns"
             )
         return TreeEnsemble(num_columns, **arrays)
+
+
+class _Splits(NamedTuple):
+    """S splits with the words of leaves that they clear, of T trees with L leaves; see `kernels.trees_numba`."""
+
+    split: NDArray[Any]  # (S,)
+    cut: NDArray[np.float64]  # (S,) a value at or below it goes left
+    cut32: NDArray[np.float32]  # (S,) the same for values of single precision
+    start: NDArray[np.int64]  # (T + 1,) of each tree's splits
+    leaf: NDArray[np.float64]  # (L,)
+    first_leaf: NDArray[np.int64]  # (T + 1,)
+    most_words: int  # that the leaves of a tree need
 
 
 _ARRAYS: dict[str, type] = {
@@ -153,6 +206,12 @@ def _weights(depth: int) -> NDArray[np.float64]:
 
 
 _WEIGHT = _weights(128)
+
+
+def _rounded_down(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The largest single-precision numbers at or below: for values of that kind they cut at the same place."""
+    near = numbers.astype(np.float32)
+    return np.where(near > numbers, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def _fields(part: str) -> dict[str, str]:
