@@ -62,9 +62,7 @@ class TabularEncoder:
         codes_NC = np.zeros((num_rows, len(self.categorical)), dtype=np.int64)
         for i, name in enumerate(self.categorical):
             code_of = self._code_of[i]
-            column = columns[name]
-            values = column.tolist() if isinstance(column, np.ndarray) else column
-            codes_NC[:, i] = list(map(code_of.get, values, repeat(0)))
+            codes_NC[:, i] = np.fromiter(map(code_of.get, columns[name], repeat(0)), np.int64, num_rows)
         return EncodedRows(torch.from_numpy(values_NF), torch.from_numpy(codes_NC))
 
     def __post_init__(self) -> None:
