@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from assay_pipelines.console import complain
+from assay_pipelines.console import complain, heeding_ctrl_c
 
 _EPILOG = """examples:
   assay demo                                             the whole platform on public data, about five minutes
@@ -318,7 +318,8 @@ def _guarded(call: argparse.Namespace) -> int:
     try:
         from assay_pipelines import wiring
 
-        return wiring.dispatch(call)
+        with heeding_ctrl_c():
+            return wiring.dispatch(call)
     except InputError as error:
         complain(f"assay: {error}")
         return 2

@@ -3,7 +3,9 @@
 Results go to stdout through `say`; progress never does, so `--json` output can be piped.
 """
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,39 @@ def say(text: str = "") -> None:
 def complain(text: str) -> None:
     """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+_asked_to_stop = threading.Event()
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Inside of the block Ctrl-C ends the work at the next stage at the latest.
+
+    Python drops a KeyboardInterrupt that comes while it runs a callback of a weak reference, as imports have many of;
+    the work would go on as if nobody had asked.
+    """
+
+    def stop(_number: int, _frame: Any) -> None:
+        _asked_to_stop.set()
+        raise KeyboardInterrupt
+
+    _asked_to_stop.clear()
+    # Who ignores Ctrl-C, as a shell's background job does, goes on ignoring it; only the main thread may ask.
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop_if_asked() -> None:
+    if _asked_to_stop.is_set() and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
 
 
 class Stage:
@@ -43,6 +78,7 @@ class Stage:
 
     def update(self, done: float, note: str = "") -> None:
         """done: fraction, 0 to 1. note: a few words behind the bar."""
+        _stop_if_asked()
         self.note = note or self.note
         if self._progress is not None:
             self._progress.update(self._task, completed=min(1.0, done), note=self.note)
@@ -63,6 +99,7 @@ class Reporter:
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Stage]:
         """A step with a bar. name: key in `timings_s`; several stages of one name add up."""
+        _stop_if_asked()
         started = time.perf_counter()
         if self._live:
             from rich.console import Console
@@ -83,6 +120,7 @@ class Reporter:
         else:
             stage = Stage(None, None)
             yield stage
+        _stop_if_asked()
         elapsed_s = time.perf_counter() - started
         self.timings_s[name] = self.timings_s.get(name, 0.0) + elapsed_s
         self.line(f"{text:<34} {elapsed_s:6.1f} s  {stage.note}".rstrip())

@@ -1,5 +1,7 @@
 """The command line as a user meets it: exit codes, one line of error, no traceback."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from assay_pipelines.console import Reporter, heeding_ctrl_c
 
 
 def assay(*arguments: str, home: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -102,6 +105,18 @@ def test_ctrl_c_stops_cleanly_with_exit_code_130(tmp_path: Path, fraud_files: tu
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
     rest = process.stderr.read()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == 130, rest[-4000:]
     assert "assay: stopped" in rest
     assert "Traceback" not in rest
+
+
+def test_a_ctrl_c_that_python_dropped_ends_the_next_stage() -> None:
+    reporter = Reporter(io.StringIO())
+    with heeding_ctrl_c():
+        with contextlib.suppress(KeyboardInterrupt):  # as Python does in callbacks of weak references
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), reporter.stage("load", "Read"):
+            pytest.fail("the stage began")
+    with heeding_ctrl_c(), reporter.stage("load", "Read"):
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
