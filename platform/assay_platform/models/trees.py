@@ -167,10 +167,7 @@ class TreeEnsemble:
             (arrays["column"] < num_columns).all()
             and all(((arrays[s] > at) & (arrays[s] < num_nodes))[inner].all() for s in ("left", "right"))
             and ((arrays["roots"] >= 0) & (arrays["roots"] < num_nodes)).all()
-            and np.bincount(np.concatenate([arrays[s][inner] for s in ("left", "right")] + [arrays["roots"]])).max(
-                initial=0
-            )
-            <= 1
+            and _differ(np.concatenate([arrays["left"][inner], arrays["right"][inner], arrays["roots"]]))
         )
         if not is_sound:
             raise ArtifactError(
@@ -206,6 +203,10 @@ def _weights(depth: int) -> NDArray[np.float64]:
 
 
 _WEIGHT = _weights(128)
+
+
+def _differ(numbers: NDArray[np.int32]) -> bool:
+    return len(np.unique(numbers)) == len(numbers)
 
 
 def _rounded_down(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
