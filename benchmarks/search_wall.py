@@ -7,7 +7,7 @@ either has found after `--trials` trials, so all of them get there; others end w
 half times the longest of those. A search has so many cores of its own, on a local Ray cluster whose start does not
 count; seeds run side by side as far as there are cores.
 
-    assay bench search_wall [--json] [--rows 30000] [--seeds 4] [--cores 4] [--trials 24] [--keep FILE]
+    assay bench search_wall [--json] [--rows 30000] [--seeds 4] [--cores 4] [--trials 24] [--ways both] [--keep FILE]
 """
 
 import argparse
@@ -47,6 +47,11 @@ class Found(NamedTuple):
     def seconds_to(self, goal: float, otherwise: float) -> float:
         """Until a trial ended that reached the goal."""
         return next((at for at, metric in self.trials if metric >= goal), otherwise)
+
+    def improvements(self) -> list[tuple[float, float]]:
+        """The trials that were better than all that ended before them."""
+        best = [max(metric for _, metric in self.trials[: place + 1]) for place in range(len(self.trials))]
+        return [trial for place, trial in enumerate(self.trials) if place == 0 or trial[1] > best[place - 1]]
 
 
 def prepare(call: argparse.Namespace, file: Path) -> None:
@@ -112,8 +117,13 @@ def in_a_process(call: argparse.Namespace, file: Path, name: str, seed: int, **m
     if done.returncode != 0:
         raise SystemExit(done.stderr[-3000:])
     found = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name}, seed {seed}: {len(found['trials'])} trials, {found['epochs']} epochs", flush=True)
-    return Found([tuple(trial) for trial in found["trials"]], found["epochs"])
+    own_found = Found([tuple(trial) for trial in found["trials"]], found["epochs"])
+    better = [f"{metric:.4f} at {at:.0f} s" for at, metric in own_found.improvements()]
+    print(
+        f"{name}, seed {seed}: {len(own_found.trials)} trials, {own_found.epochs} epochs; {', '.join(better)}",
+        flush=True,
+    )
+    return own_found
 
 
 def main() -> None:
@@ -123,6 +133,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--cores", type=int, default=min(4, len(os.sched_getaffinity(0))), help="of each search")
     parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--ways", nargs="+", choices=("stopping", "both"), default=["stopping", "both"])
     parser.add_argument("--keep", type=Path, help="a file with the prepared rows; written if it is not there")
     parser.add_argument("--data", help="a folder with the table")
     for name, kind in (("one", str), ("seed", int), ("goal", float)):
@@ -146,7 +157,7 @@ def main() -> None:
         goal = min(max(metric for _, metric in one.trials) for one in found["neither"])
         longest = 1.5 * max(one.trials[-1][0] for one in found["neither"])
         print(f"the goal is average precision {goal:.4f}", flush=True)
-        for name in ("stopping", "both"):
+        for name in call.ways:
             found[name] = all_seeds(name, trials=10 * call.trials, goal=goal, longest=longest)
     seconds = {name: [one.seconds_to(goal, longest) for one in runs] for name, runs in found.items()}
     print(seconds)
@@ -155,7 +166,7 @@ def main() -> None:
         row(f"seconds to average precision {goal:.4f}, {name}", means[name], "s", peer=means["neither"],
             peer_name="neither", limit=LIMIT * means["neither"], limit_name="0.43 of it", spread=spread(seconds[name]),
             runs=call.seeds)
-        for name in ("stopping", "both")
+        for name in call.ways
     ]  # fmt: skip
     finish("search_wall", rows)
 
