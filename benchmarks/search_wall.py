@@ -12,6 +12,7 @@ count; seeds run side by side as far as there are cores.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +52,8 @@ class Found(NamedTuple):
 
     def improvements(self) -> list[tuple[float, float]]:
         """The trials that were better than all that ended before them."""
-        best = [max(metric for _, metric in self.trials[: place + 1]) for place in range(len(self.trials))]
-        return [trial for place, trial in enumerate(self.trials) if place == 0 or trial[1] > best[place - 1]]
+        best_before = [-math.inf, *accumulate((metric for _, metric in self.trials), max)]
+        return [trial for trial, best in zip(self.trials, best_before, strict=False) if trial[1] > best]
 
 
 def prepare(call: argparse.Namespace, file: Path) -> None:
@@ -116,14 +118,11 @@ def in_a_process(call: argparse.Namespace, file: Path, name: str, seed: int, **m
     )  # fmt: skip
     if done.returncode != 0:
         raise SystemExit(done.stderr[-3000:])
-    found = json.loads(done.stdout.splitlines()[-1])
-    own_found = Found([tuple(trial) for trial in found["trials"]], found["epochs"])
-    better = [f"{metric:.4f} at {at:.0f} s" for at, metric in own_found.improvements()]
-    print(
-        f"{name}, seed {seed}: {len(own_found.trials)} trials, {own_found.epochs} epochs; {', '.join(better)}",
-        flush=True,
-    )
-    return own_found
+    told = json.loads(done.stdout.splitlines()[-1])
+    found = Found([tuple(trial) for trial in told["trials"]], told["epochs"])
+    better = ", ".join(f"{metric:.4f} at {at:.0f} s" for at, metric in found.improvements())
+    print(f"{name}, seed {seed}: {len(found.trials)} trials, {found.epochs} epochs; {better}", flush=True)
+    return found
 
 
 def main() -> None:
@@ -133,7 +132,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--cores", type=int, default=min(4, len(os.sched_getaffinity(0))), help="of each search")
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--ways", nargs="+", choices=("stopping", "both"), default=["stopping", "both"])
+    parser.add_argument("--ways", nargs="+", choices=("stopping", "both"), default=["stopping", "both"],
+                        help="beside neither")  # fmt: skip
     parser.add_argument("--keep", type=Path, help="a file with the prepared rows; written if it is not there")
     parser.add_argument("--data", help="a folder with the table")
     for name, kind in (("one", str), ("seed", int), ("goal", float)):
@@ -156,7 +156,7 @@ def main() -> None:
         found = {"neither": all_seeds("neither", trials=call.trials)}
         goal = min(max(metric for _, metric in one.trials) for one in found["neither"])
         longest = 1.5 * max(one.trials[-1][0] for one in found["neither"])
-        print(f"the goal is average precision {goal:.4f}", flush=True)
+        print(f"the goal is average precision {goal:.4f}, others have {longest:.0f} s for it", flush=True)
         for name in call.ways:
             found[name] = all_seeds(name, trials=10 * call.trials, goal=goal, longest=longest)
     seconds = {name: [one.seconds_to(goal, longest) for one in runs] for name, runs in found.items()}
