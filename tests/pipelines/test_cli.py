@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from assay_pipelines.console import Reporter, heeding_ctrl_c
@@ -110,7 +112,16 @@ def test_ctrl_c_stops_cleanly_with_exit_code_130(tmp_path: Path, fraud_files: tu
     assert "Traceback" not in rest
 
 
-def test_a_ctrl_c_that_python_dropped_ends_the_next_stage() -> None:
+@pytest.fixture
+def sigint() -> Iterator[Callable[[Any], Any]]:
+    """Sets what SIGINT does; what it did comes back. A shell's background job, as a test run may be, ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_ctrl_c_that_python_dropped_ends_the_next_stage(sigint: Callable[[Any], Any]) -> None:
+    sigint(signal.default_int_handler)
     reporter = Reporter(io.StringIO())
     with heeding_ctrl_c():
         with contextlib.suppress(KeyboardInterrupt):  # as Python does in callbacks of weak references
@@ -120,3 +131,10 @@ def test_a_ctrl_c_that_python_dropped_ends_the_next_stage() -> None:
     with heeding_ctrl_c(), reporter.stage("load", "Read"):
         pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_ignores_ctrl_c_goes_on_ignoring_it(sigint: Callable[[Any], Any]) -> None:
+    sigint(signal.SIG_IGN)
+    with heeding_ctrl_c(), Reporter(io.StringIO()).stage("load", "Read"):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
