@@ -98,14 +98,15 @@ def test_a_falling_curve_is_taken_to_stay_at_its_best() -> None:
     assert predict(curve[:1], 30).std == math.inf
 
 
-def test_halving_keeps_the_best_third_of_those_that_came_as_far() -> None:
+def test_halving_keeps_the_better_half_of_those_that_came_as_far() -> None:
     stopping = Stopping(27, halving=True, curves=False)
     metrics = np.random.default_rng(0).permutation(30) / 30
-    kept = [metric for trial, metric in enumerate(metrics) if not stopping.add(trial, 1, metric)]
+    kept = [metric for trial, metric in enumerate(metrics) if not stopping.add(trial, 2, metric)]
     assert max(metrics) in kept
     for trial, metric in enumerate(metrics):  # at its report: as ASHA has it, without waiting for others
-        best_third = math.ceil((trial + 1) / 3)
-        assert (metric in kept) == (sum(metrics[: trial + 1] > metric) < best_third)
+        better_half = math.ceil((trial + 1) / 2)
+        assert (metric in kept) == (sum(metrics[: trial + 1] > metric) < better_half)
+    assert not stopping.add(30, 1, -2.0)  # a first epoch says nothing yet
     assert not stopping.add(30, 2, 2.0)
 
 
