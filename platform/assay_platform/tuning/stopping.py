@@ -14,7 +14,7 @@ import numpy as np
 # (epoch, metric), ascending epochs; higher is better.
 Curve = list[tuple[int, float]]
 
-# Gentler than ASHA's 1 and 3: by its first epoch the best net of a payments table is as often low as high (decision 18).
+# Gentler than ASHA's usual 1 and 3: a first epoch of the fraud net says nothing of its end (decision 18).
 _FIRST_RUNG, _REDUCTION = 2, 2
 _FEWEST_REPORTS, _FEWEST_EPOCHS = 4, 0.3
 _POWERS = (0.3, 0.6, 1.0, 2.0)
