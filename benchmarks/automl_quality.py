@@ -9,6 +9,7 @@ as they are read; not compared for tables of events, whose features ours takes f
 interpreter that has autogluon.tabular and flaml.
 
     taskset -c 0,1 assay bench automl_quality [--json] [--budget 600] [--tables adult …] [--peers PYTHON]
+        [--against autogluon …]
 """
 
 import argparse
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _automl_tables import SOURCES, table
 from _report import finish, row
 
-SEED = 0
+SEED, PEERS = 0, ("autogluon", "flaml")
 HERE = Path(__file__).parent
 
 
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds, for each")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has autogluon.tabular and flaml")
+    parser.add_argument("--against", nargs="+", choices=PEERS, default=PEERS, help="which of them")
     parser.add_argument("--json", action="store_true")
     call = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -167,7 +169,7 @@ def main() -> None:
             more: dict[str, Any] = {"seconds": seconds, "higher_is_better": True}
             rows.append(row(case, reached, "", peer=baseline, peer_name="LightGBM, tuned", **more))
             parts.write(Path(scratch))
-            for other in ("autogluon", "flaml") if call.peers else ():
+            for other in call.against if call.peers else ():
                 theirs, their_rate, took = peer(other, call.peers, Path(scratch), call.budget, parts)
                 print(f"{name}: {other} AUC {theirs:.4f} in {took:.0f} s, {their_rate:,.0f} rows a second", flush=True)
                 rows.append(row(case, reached, "", peer=theirs, peer_name=other, **more))

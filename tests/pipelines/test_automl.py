@@ -13,7 +13,7 @@ from assay_features.schema import FraudSchema, Split, TableSchema, read_labelled
 from assay_pipelines.automl import run_automl
 from assay_pipelines.automl.ensemble import select
 from assay_pipelines.automl.families import DEFAULT, FAMILIES, PORTFOLIO, Known, available, fit, flags, space_of
-from assay_pipelines.automl.student import graduate, plan, study, targets_of
+from assay_pipelines.automl.student import graduate, lightest_trees, plan, study, targets_of
 from assay_pipelines.automl.table import CleanTable, cuts, kind_of, order_of, read_table
 from assay_pipelines.automl.trials import Candidate, Fold, TrialData, candidates, folds_of, objective
 from assay_pipelines.cli import main
@@ -324,6 +324,20 @@ def test_targets_mix_what_happened_with_what_was_thought() -> None:
     labels = np.array([True, False, True])
     targets = targets_of(labels, np.array([0.0, 4.0, np.nan]), share=0.5)
     assert targets == pytest.approx([0.75, 0.5 / (1 + np.exp(-4.0)), 1.0])
+
+
+def test_of_equally_good_trees_the_lightest_are_grown() -> None:
+    def trial(family: str, leaves: int, sizes: tuple[int, ...], score: float) -> Candidate:
+        return Candidate({**DEFAULT, "family": family, "leaves": leaves}, np.zeros(1), sizes, score, 1.0)
+
+    found = [
+        trial("catboost", 7, (10,), 0.9320),
+        trial("lightgbm", 63, (300, 340), 0.9310),
+        trial("lightgbm", 15, (600, 640), 0.9308),
+        trial("lightgbm", 12, (600, 640), 0.9306),
+    ]
+    assert lightest_trees(found)["leaves"] == 15
+    assert lightest_trees(found[:1]) == DEFAULT
 
 
 def test_a_student_with_little_time_grows_fewer_trees() -> None:

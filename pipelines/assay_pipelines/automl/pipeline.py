@@ -28,7 +28,7 @@ from assay_pipelines.automl.card import Card, model_card
 from assay_pipelines.automl.ensemble import Ensemble, select
 from assay_pipelines.automl.families import DEFAULT, FAMILIES, PORTFOLIO, Known, available, flags, space_of
 from assay_pipelines.automl.prepare import Learnable, prepare
-from assay_pipelines.automl.student import Studied, graduate, plan, study, targets_of
+from assay_pipelines.automl.student import Studied, graduate, lightest_trees, plan, study, targets_of
 from assay_pipelines.automl.trials import Candidate, TrialData, candidates, folds_of, objective
 from assay_pipelines.console import Reporter
 from assay_pipelines.fraud.adversary import Robustness
@@ -173,7 +173,7 @@ def _search_and_train(options: RunOptions, reporter: Reporter, run: Any, learnab
         with reporter.stage("ensemble", "Select an ensemble") as stage:
             ensemble = select(found, labels, folds)
             stage.update(1.0, f"{len(ensemble.members)} of {len(found)} trials, AUC {ensemble.score:.4f}")
-    best = next((one.params for one in found if one.params["family"] == "lightgbm"), DEFAULT)
+    best = lightest_trees(found)
     numbers = dev.rows.numbers()
     with reporter.stage("distil", "Trees on rows they have not seen") as stage:
         studied = study(
