@@ -12,7 +12,7 @@ and read online as every other feature is.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, repeat
@@ -68,26 +68,28 @@ class AccountLinks:
         """What is read of an event."""
         return (self.total, self.amount, *self.within)
 
-    def assign(self, events: Events, known: Known | None = None) -> Events:
+    def assign(self, events: Events, known: Known | None = None, apart: Sequence[int] | None = None) -> Events:
         """The events, in order of time, with the key of their account, None where the total is missing.
 
-        known: what events that are not among these have left.
+        known: what events that are not among these have left. apart: (N,) a number an event; those of different numbers
+        do not follow one another.
         """
         links = self._links(events)
         left = None if known is None else known(links.before.tolist(), events.time_us)
-        account_of: dict[str, str] = {}
+        part = [0] * len(events) if apart is None else apart
+        account_of: dict[tuple[int, str], str] = {}
         accounts = np.empty(len(events), dtype=object)
         # Events of one instant do not see each other.
         bounds = np.flatnonzero(np.r_[True, np.diff(events.time_us) != 0, True]) if len(events) else np.empty(0, int)
         for first, end in pairwise(bounds.tolist()):
             for i in range(first, end):
-                found = account_of.get(links.before[i])
+                found = account_of.get((part[i], links.before[i]))
                 if found is None and left is not None and not np.isnan(left[i]):
                     found = canonical_key(float(left[i]))
                 accounts[i] = links.first[i] if found is None else found
             for i in range(first, end):
                 if links.after[i] is not None:
-                    account_of[links.after[i]] = accounts[i]
+                    account_of[part[i], links.after[i]] = accounts[i]
         return replace(events, keys={**events.keys, ACCOUNT: accounts})
 
     def of(self, events: Events) -> Events:
@@ -134,14 +136,15 @@ class AccountStream:
             return None
         return AccountStream(links, repository.online(links.plan))
 
-    def assign(self, events: Events) -> Events:
+    def assign(self, events: Events, apart: Sequence[int] | None = None) -> Events:
         """The events with their accounts, nothing remembered. They may be in any order; each sees what is strictly
-        earlier.
+        earlier, and nothing of those that are `apart` from it: see `AccountLinks.assign`.
         """
         order = np.argsort(events.time_us, kind="stable")
         ordered = events.take(order)
+        parts = None if apart is None else [apart[i] for i in order]
         accounts = np.empty(len(events), dtype=object)
-        accounts[order] = self._links.assign(ordered, self._known).keys[ACCOUNT]
+        accounts[order] = self._links.assign(ordered, self._known, parts).keys[ACCOUNT]
         return replace(events, keys={**events.keys, ACCOUNT: accounts})
 
     def _known(self, keys: list[str | None], time_us: Times) -> Floats:

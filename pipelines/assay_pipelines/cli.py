@@ -148,6 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("--alias", default="champion", help="default: champion")
     promote.add_argument("--reason", default="promoted by hand", help="kept in the audit log")
 
+    promote.add_argument("--unchecked", action="store_true",
+                         help="services take it without letting it answer recent requests aside first")  # fmt: skip
+
+    audit = commands.add_parser("audit", help="who changed what answers, when, why, and what was seen")
+    audit.add_argument("model", nargs="?", metavar="MODEL", help="of this model alone")
+    audit.add_argument("--last", type=int, metavar="N", help="the newest N entries (default: all)")
+    audit.add_argument("--json", action="store_true", help="one JSON object a line, with all evidence")
+
     replay = commands.add_parser("replay", help="make a kept decision again from its stored features, and explain it")
     replay.add_argument("model", metavar="MODEL")
     replay.add_argument("event", metavar="EVENT_ID")
@@ -155,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
     rollback = commands.add_parser("rollback", help="point champion back at the version before")
     rollback.add_argument("model", metavar="MODEL")
+    rollback.add_argument("--reason", default="rolled back by hand", help="kept in the audit log")
 
     models = commands.add_parser("models", help="list models, versions and aliases")
     models.add_argument("--json", action="store_true", help="as JSON")

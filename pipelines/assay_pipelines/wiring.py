@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from assay_features.definitions import FeaturePlan
 from assay_features.rules import Rule, read_rules
@@ -46,6 +47,7 @@ def dispatch(call: argparse.Namespace) -> int:
         "serve": _serve,
         "promote": _promote,
         "rollback": _rollback,
+        "audit": _audit,
         "replay": _replay,
         "models": _models,
         "ui": _ui,
@@ -335,7 +337,9 @@ def _serve(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 - s
 def _promote(call: argparse.Namespace, config: Config) -> int:
     from assay_pipelines.tracking import open_registry
 
-    gate = open_registry(config).promote(call.model, call.version, alias=call.alias, reason=call.reason)
+    gate = open_registry(config).promote(
+        call.model, call.version, alias=call.alias, reason=call.reason, unchecked=call.unchecked
+    )
     say(f"{call.model} version {call.version} is now {call.alias}")
     if gate.better_than_champion is False:
         complain(f"note: at its registration this version was {gate.summary}")
@@ -351,9 +355,40 @@ def _replay(call: argparse.Namespace, config: Config) -> int:
 def _rollback(call: argparse.Namespace, config: Config) -> int:
     from assay_pipelines.tracking import open_registry
 
-    before, after = open_registry(config).rollback(call.model)
+    before, after = open_registry(config).rollback(call.model, reason=call.reason)
     say(f"{call.model}: champion went back from version {before} to version {after}")
     return 0
+
+
+def _audit(call: argparse.Namespace, config: Config) -> int:
+    """The log, its chain of hashes checked first."""
+    from assay_platform.tracking.audit import AuditLog
+
+    log = AuditLog(config.paths.audit_log)
+    num_entries = log.verify()
+    entries = [entry for entry in log.entries() if call.model in (None, entry.get("model"))]
+    if call.last is not None:
+        entries = entries[-call.last :] if call.last > 0 else []
+    for entry in entries:
+        say(json.dumps(entry) if call.json else _entry_line(entry))
+    if not call.json:
+        say(f"{len(entries)} of {num_entries} entries; none was changed or removed (hashes follow from one another)")
+    return 0
+
+
+def _entry_line(entry: dict[str, Any]) -> str:
+    """Such as `2026-11-30 15:04:05  ann  promote  fraud-card champion 1 → 2: why (what was seen)`."""
+    was = "" if entry.get("from_version") is None else f"{entry['from_version']} → "
+    moment = str(entry["time"]).replace("T", " ").split(".")[0]
+    about = f"{entry.get('model', '')} {entry.get('alias', '')} {was}{entry.get('version', '')}"
+    seen = entry.get("gate") or ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in (entry.get("evidence") or {}).items()
+        if value not in ("", [], None)
+    )
+    why = f": {entry['reason']}" if entry.get("reason") else ""
+    where = f" at {entry['service']}" if entry.get("service") else ""
+    return f"{moment}  {entry['actor']:<10} {entry['action']:<10} {about}{where}{why}{f' ({seen})' if seen else ''}"
 
 
 def _models(call: argparse.Namespace, config: Config) -> int:

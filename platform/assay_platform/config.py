@@ -75,21 +75,58 @@ class Tracking:
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """Limits of the scoring service."""
+    """Limits of the scoring service.
+
+    max_batch_ms: what one call of a model may take, so that those who come next wait no longer. max_wait_ms: a request
+    that would have to wait longer is refused.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 4 * 1024 * 1024
     max_batch: int = 1000
     max_requests_per_s: float = 2000.0
+    max_batch_ms: float = 20.0
+    max_wait_ms: float = 250.0
     poll_registry_s: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"service.port is {self.port}; allowed are 0 (any free port) to 65535")
-        for name in ("max_body_bytes", "max_batch", "max_requests_per_s", "poll_registry_s"):
+        above_0 = (
+            "max_body_bytes", "max_batch", "max_requests_per_s", "max_batch_ms", "max_wait_ms", "poll_registry_s",
+        )  # fmt: skip
+        for name in above_0:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"service.{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How a new version comes to answer.
+
+    rehearse: it answers the newest requests aside first, and does not take over if it refuses one of them, if more than
+    max_changed of its decisions or max_moved of its scores (to another band of risk) differ from those of the version
+    that answers, or if it takes more than max_slowdown times as long. watch_s: for so long after a swap a version that
+    fails more than max_failed of its requests, or moves scores, is taken back. canary_share: of requests that the
+    challenger answers. shadow: it is asked all of them aside.
+    """
+
+    rehearse: bool = True
+    max_changed: float = 0.1
+    max_moved: float = 0.4
+    max_slowdown: float = 3.0
+    watch_s: float = 300.0
+    max_failed: float = 0.05
+    canary_share: float = 0.0
+    shadow: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_changed", "max_moved", "max_failed", "canary_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"rollout.{name} is {getattr(self, name)}; allowed are 0 to 1")
+        if self.max_slowdown <= 0 or self.watch_s < 0:
+            raise ConfigError("rollout.max_slowdown must be above 0, rollout.watch_s 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +136,7 @@ class Config:
     paths: Paths = field(default_factory=Paths)
     tracking: Tracking = field(default_factory=Tracking)
     service: Service = field(default_factory=Service)
+    rollout: Rollout = field(default_factory=Rollout)
 
     @property
     def tracking_uri(self) -> str:
@@ -106,7 +144,7 @@ class Config:
         return self.tracking.uri or f"sqlite:///{self.paths.home / 'mlflow.db'}"
 
 
-_SECTIONS: dict[str, type[Any]] = {"paths": Paths, "tracking": Tracking, "service": Service}
+_SECTIONS: dict[str, type[Any]] = {"paths": Paths, "tracking": Tracking, "service": Service, "rollout": Rollout}
 
 
 def load_config(path: Path | None = None) -> Config:

@@ -1,9 +1,13 @@
-"""The scoring application: `create_app(deps)` is plain ASGI, alone in a process or inside Ray Serve."""
+"""The scoring application: `create_app(deps)` is plain ASGI, alone in a process or inside Ray Serve.
 
+Scores and lists take the fast path: body → queue → one call for all that wait → JSON, see `bodies` and `batching`.
+"""
+
+import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,12 +18,16 @@ from assay_platform.monitoring.metrics import ServiceMetrics
 from assay_platform.storage.tiered import TieredStore
 from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
 from assay_platform.tracking.records import DecisionRecords
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.middleware import Middleware
 
+from assay_services import bodies
+from assay_services.answering import ListJob, ScoreJob, answered, make_lists, score_jobs
 from assay_services.auth import KeyStore
+from assay_services.batching import Batcher, BatchLimits
 from assay_services.fraud import FraudScorer
-from assay_services.hot_swap import Follower, Slot
+from assay_services.hot_swap import Follower, Loaded, Slot
 from assay_services.limits import Gatekeeper
 from assay_services.problems import ProblemError, install
 from assay_services.recommend import ItemRecommender
@@ -27,8 +35,8 @@ from assay_services.schemas import (
     DecisionRecord,
     EventsRequest,
     EventsResponse,
-    FraudRequest,
     FraudResponse,
+    FraudScore,
     ItemsRequest,
     ItemsResponse,
     LabelsRequest,
@@ -37,7 +45,6 @@ from assay_services.schemas import (
     ModelRef,
     ModelsResponse,
     Problem,
-    RecommendRequest,
     RecommendResponse,
 )
 
@@ -48,12 +55,14 @@ _PROBLEMS: dict[int | str, dict[str, object]] = {
         (413, "Body too large"),
         (422, "A field does not fit"),
         (429, "Too many requests"),
-        (503, "No model is loaded"),
+        (503, "No model is loaded, or more requests than can be answered"),
+        (504, "Not answered within X-Timeout-Ms"),
     )
 }
 
 
 _MAX_COUNTERFACTUALS = 10
+_TIMEOUT = "x-timeout-ms"
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,15 @@ class Dependencies:
     fraud: Slot[FraudScorer]
     recommend: Slot[ItemRecommender]
     follower: Follower
-    close: Callable[[], None] = lambda: None
+    scores: Batcher[ScoreJob, list[FraudScore]]
+    lists: Batcher[ListJob, RecommendResponse]
+    close_stores: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        """Answer who waits, then write what is in memory."""
+        self.scores.close()
+        self.lists.close()
+        self.close_stores()
 
 
 @dataclass
@@ -106,28 +123,46 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
     repositories = _Repositories(config.paths.feature_repositories)
     metrics.watch_tiers(repositories.tiers)
     metrics.watch_tasks(config.paths.tasks)
+    service, audit = config.service, AuditLog(config.paths.audit_log)
+    limits = BatchLimits(max_batch_s=service.max_batch_ms / 1e3, max_wait_s=service.max_wait_ms / 1e3)
+    scores: Batcher[ScoreJob, list[FraudScore]] = Batcher(
+        score_jobs, limits, name="scores", on_batch=metrics.on_batch("fraud")
+    )
+    # A list is made for one user at a time.
+    one_by_one = replace(limits, max_batch_s=1e-9)
+    lists: Batcher[ListJob, RecommendResponse] = Batcher(
+        make_lists, one_by_one, name="lists", on_batch=metrics.on_batch("recommend")
+    )
+    metrics.watch_queues(lambda: {"fraud": scores.num_waiting, "recommend": lists.num_waiting})
+
+    def learn(loaded: Loaded[FraudScorer]) -> None:
+        for explain, rows, seconds in loaded.model.call_seconds:
+            scores.learn((loaded.version, explain), rows, seconds)
+
     fraud_slot: Slot[FraudScorer] = Slot(
         "fraud",
         lambda name, folder: FraudScorer.load(folder, repositories.get(name), repositories.records(name)),
         metrics,
         pinned_name=fraud,
+        rollout=config.rollout,
+        audit=audit,
+        on_loaded=learn,
     )
     recommend_slot: Slot[ItemRecommender] = Slot(
         "recommend",
         lambda name, folder: ItemRecommender.load(folder, repositories.get(name)),
         metrics,
         pinned_name=recommend,
+        rollout=config.rollout,
+        audit=audit,
     )
     slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
     metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
     follower = Follower(
-        lambda: ModelRegistry(config.tracking_uri, AuditLog(config.paths.audit_log)),
-        [fraud_slot, recommend_slot],
-        poll_s=config.service.poll_registry_s,
+        lambda: ModelRegistry(config.tracking_uri, audit), [fraud_slot, recommend_slot], poll_s=service.poll_registry_s
     )
-    return Dependencies(
-        config, KeyStore(config.paths.api_keys), metrics, fraud_slot, recommend_slot, follower, repositories.close
-    )
+    keys = KeyStore(config.paths.api_keys)
+    return Dependencies(config, keys, metrics, fraud_slot, recommend_slot, follower, scores, lists, repositories.close)
 
 
 def create_app(deps: Dependencies) -> FastAPI:
@@ -163,33 +198,45 @@ def create_app(deps: Dependencies) -> FastAPI:
         if num_events > service.max_batch:
             raise DataError(f"events: {num_events} in one request; at most {service.max_batch} are allowed")
 
-    @app.post("/v1/fraud/score", responses=_PROBLEMS)
-    def score(body: FraudRequest) -> FraudResponse:
+    @app.post("/v1/fraud/score", response_model=FraudResponse, responses=_PROBLEMS, openapi_extra=bodies.FRAUD.openapi)
+    async def score(request: Request) -> Response:
         """Calibrated fraud probabilities, decisions and, with `explain`, additive reasons."""
+        body = bodies.FRAUD.read(await request.body())
         check_batch(len(body.events))
-        loaded = deps.fraud.require()
-        model = ModelRef(name=loaded.name, version=loaded.version)
         if body.counterfactual and len(body.events) > _MAX_COUNTERFACTUALS:
             raise DataError(f"counterfactual: {len(body.events)} events; at most {_MAX_COUNTERFACTUALS} in one request")
-        scores = loaded.model.score(body.events, explain=body.explain, keep_as=model)
-        if body.counterfactual:
-            for event, result in zip(body.events, scores, strict=True):
-                result.counterfactual = loaded.model.counterfactual(event, result)
-        for result in scores:
-            deps.metrics.decisions.labels(result.decision).inc()
-        return FraudResponse(model=model, scores=scores)
+        within_s = _within_s(request)
 
-    @app.post("/v1/recommend", responses=_PROBLEMS)
-    def recommend(body: RecommendRequest) -> RecommendResponse:
+        async def by(loaded: Loaded[FraudScorer]) -> FraudResponse:
+            job = ScoreJob(loaded, body.events, body.explain)
+            shape = (loaded.version, body.explain)
+            scores = await deps.scores.submit(job, rows=len(body.events), shape=shape, within_s=within_s)
+            if body.counterfactual:
+                for event, result in zip(body.events, scores, strict=True):
+                    result.counterfactual = await run_in_threadpool(loaded.model.counterfactual, event, result)
+            return FraudResponse(model=ModelRef(name=loaded.name, version=loaded.version), scores=scores)
+
+        answer = await answered(deps.fraud, lambda champion: champion.model.key_of(body.events[0]), by)
+        deps.fraud.remember(body.events)
+        for result in answer.scores:
+            deps.metrics.decisions.labels(result.decision).inc()
+        return bodies.json_response(answer)
+
+    @app.post(
+        "/v1/recommend", response_model=RecommendResponse, responses=_PROBLEMS, openapi_extra=bodies.RECOMMEND.openapi
+    )
+    async def recommend(request: Request) -> Response:
         """The best items for a user; a popular list for somebody of whom nothing is known."""
-        loaded = deps.recommend.require()
-        model = ModelRef(name=loaded.name, version=loaded.version)
-        items, cold = loaded.model.recommend(
-            body.user_id, k=body.k, exclude_seen=body.exclude_seen, context=body.context
-        )
-        deps.metrics.recommendations.labels(str(cold).lower()).inc()
-        list_id = loaded.model.keep_list(model, body.user_id, items)
-        return RecommendResponse(model=model, items=items, cold_start=cold, list_id=list_id)
+        body = bodies.RECOMMEND.read(await request.body())
+        within_s = _within_s(request)
+
+        def by(loaded: Loaded[ItemRecommender]) -> Awaitable[RecommendResponse]:
+            return deps.lists.submit(ListJob(loaded, body), rows=1, shape=loaded.version, within_s=within_s)
+
+        answer = await answered(deps.recommend, lambda _: str(body.user_id), by)
+        deps.recommend.remember(body)
+        deps.metrics.recommendations.labels(str(answer.cold_start).lower()).inc()
+        return bodies.json_response(answer)
 
     @app.post("/v1/events", status_code=202, responses=_PROBLEMS)
     def events(body: EventsRequest) -> EventsResponse:
@@ -288,3 +335,17 @@ def create_app(deps: Dependencies) -> FastAPI:
         return Response(deps.metrics.render(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def _within_s(request: Request) -> float:
+    """How long the caller needs the answer for, from now."""
+    given = request.headers.get(_TIMEOUT)
+    if given is None:
+        return math.inf
+    try:
+        within_ms = float(given)
+    except ValueError:
+        within_ms = math.nan
+    if not 0 < within_ms < math.inf:
+        raise DataError(f"X-Timeout-Ms: {given[:40]!r} is no number of milliseconds above 0")
+    return within_ms / 1e3

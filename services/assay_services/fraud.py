@@ -2,10 +2,13 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from assay_features.accounts import AccountStream, columns_read
 from assay_features.definitions import FeaturePlan
@@ -27,6 +30,7 @@ from assay_platform.tracking.records import DecisionRecords
 from numpy.typing import NDArray
 
 from assay_services.reasons import ReasonWriter, rule_reason, would_have_been
+from assay_services.rehearsal import Answer
 from assay_services.schemas import ColumnChange, Counterfactual, FraudScore, Label, LabelsResponse, ModelRef, Record
 
 _MANY_ROWS = 16
@@ -58,6 +62,7 @@ class FraudScorer:
         self._reasons = ReasonWriter(plan, model.feature_names, usual=model.reference_columns())
         self._rules, self._records = rules, records
         self._choices = choices
+        self.call_seconds: list[tuple[bool, int, float]] = []  # with reasons or not, rows, seconds
         self._feasible = choices.feasible(schema.limits, schema.numeric, schema.keys)
 
     @staticmethod
@@ -75,7 +80,11 @@ class FraudScorer:
         record: Record = dict.fromkeys((*schema.keys, *schema.numbers))
         for explain in (True, False):  # they take different paths through the net
             for num_rows in (1, _MANY_ROWS):
-                scorer.score([{**record, schema.timestamp: 0}] * num_rows, explain=explain)
+                event = {**record, schema.timestamp: 0}
+                scorer.score([event] * num_rows, explain=explain)
+                began = time.perf_counter()
+                scorer.score([event] * num_rows, explain=explain)
+                scorer.call_seconds.append((explain, num_rows, time.perf_counter() - began))
         return scorer
 
     def score(self, records: list[Record], *, explain: bool, keep_as: ModelRef | None = None) -> list[FraudScore]:
@@ -84,9 +93,56 @@ class FraudScorer:
         Raises:
             DataError: an event lacks a column or has a value that does not fit.
         """
-        events = self._events(records)
+        return self._scored(records, self._events(records), None, explain=explain, keep_as=keep_as)
+
+    def score_together(
+        self, requests: Sequence[list[Record]], *, explain: bool, keep_as: ModelRef | None = None
+    ) -> list[list[FraudScore] | DataError]:
+        """What `score` says of each of several requests, in one call. One that does not fit spoils no other."""
+        answers: list[list[FraudScore] | DataError] = [[] for _ in requests]
+        fit = list(range(len(requests)))
+        records = list(chain.from_iterable(requests))
+        try:
+            events = self._events(records)
+        except DataError:
+            fit = []
+            for i, request in enumerate(requests):
+                try:
+                    self._events(request)
+                    fit.append(i)
+                except DataError as error:
+                    answers[i] = error
+            if not fit:
+                return answers
+            records = [record for i in fit for record in requests[i]]
+            events = self._events(records)
+        apart = [i for i in fit for _ in requests[i]]
+        scores = iter(self._scored(records, events, apart, explain=explain, keep_as=keep_as))
+        for i in fit:
+            answers[i] = list(islice(scores, len(requests[i])))
+        return answers
+
+    def key_of(self, record: Record) -> str:
+        """What stands for an event when a canary is chosen: its id, or all of it."""
+        return self._id_of(record) or repr(sorted(record.items(), key=lambda pair: pair[0]))
+
+    def rehearse(self, request: list[Record]) -> Answer:
+        """See `Rehearsed`. request: events, as `score` takes them."""
+        scores = self.score(request, explain=False)
+        return Answer(frozenset((i, s.decision) for i, s in enumerate(scores)), tuple(s.score for s in scores))
+
+    def _scored(
+        self,
+        records: list[Record],
+        events: Events,
+        apart: list[int] | None,
+        *,
+        explain: bool,
+        keep_as: ModelRef | None,
+    ) -> list[FraudScore]:
+        """apart: (N,) a number an event; events of different numbers know nothing of one another."""
         if self._accounts is not None:
-            events = self._accounts.assign(events)
+            events = self._accounts.assign(events, apart)
         history: dict[str, Any] = {}
         for part, stream in self._streams:
             keys = {entity: list(entity_keys(entity, events)) for entity in part.entities}
@@ -129,10 +185,10 @@ class FraudScorer:
             if score.id is not None:
                 features = {name: _plain(lists[name][i]) for name in self._model.feature_names}
                 decision = {
-                    "model": model.model_dump(),
+                    "model": msgspec.to_builtins(model),
                     "decided_at": now_s,
                     "features": features,
-                    **score.model_dump(),
+                    **msgspec.to_builtins(score),
                 }
                 kept[score.id] = {"event": record, "decision": decision}
         return kept

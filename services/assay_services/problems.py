@@ -3,6 +3,7 @@
 import http
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+
+from assay_services.batching import DeadlinePassedError, OverloadedError
 
 MEDIA_TYPE = "application/problem+json"
 _log = logging.getLogger("assay.service")
@@ -57,6 +60,15 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ProblemError)
     async def on_problem(_: Request, error: ProblemError) -> Response:
         return _response(error.status, error.detail, headers=error.headers)
+
+    @app.exception_handler(OverloadedError)
+    async def on_overload(_: Request, error: OverloadedError) -> Response:
+        # Whole seconds are what HTTP knows.
+        return _response(503, str(error), headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))})
+
+    @app.exception_handler(DeadlinePassedError)
+    async def on_deadline(_: Request, error: DeadlinePassedError) -> Response:
+        return _response(504, str(error))
 
     @app.exception_handler(InputError)
     async def on_input(_: Request, error: InputError) -> Response:

@@ -5,6 +5,7 @@ import time
 import uuid
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from assay_features.definitions import Decay, FeaturePlan
 from assay_features.events import KEY_SEPARATOR, Events, canonical_key, events_from_records, timestamp_us
@@ -19,7 +20,9 @@ from assay_platform.models.recommender import Ranked, Recommender
 from assay_platform.models.sentences import encode
 from numpy.typing import NDArray
 
+from assay_services.bodies import RecommendBody
 from assay_services.new_items import SharedLines, parse_items
+from assay_services.rehearsal import Answer
 from assay_services.schemas import ModelRef, RecommendedItem, Record
 
 _NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -185,13 +188,21 @@ class ItemRecommender:
         ranked = model.recommend(history, k=k, exclude=excluded, allowed=allowed, store=store, rules=self.schema.rules)
         return _items(model, ranked, taken), False
 
+    def rehearse(self, request: RecommendBody) -> Answer:
+        """See `Rehearsed`."""
+        items, _ = self.recommend(
+            request.user_id, k=request.k, exclude_seen=request.exclude_seen, context=request.context
+        )
+        return Answer(frozenset(item.item_id for item in items))
+
     def keep_list(self, shown_by: ModelRef, user_id: str | int, items: list[RecommendedItem]) -> str | None:
         """Put a list on record with its propensities, where rules leave something to chance; its id."""
         if not self.schema.rules.explore:
             return None
         record = {
-            "list_id": uuid.uuid4().hex, "time": time.time(), "user": str(user_id), "model": shown_by.model_dump(),
-            "items": [item.item_id for item in items], "propensity": [item.propensity for item in items],
+            "list_id": uuid.uuid4().hex, "time": time.time(), "user": str(user_id),
+            "model": msgspec.to_builtins(shown_by), "items": [item.item_id for item in items],
+            "propensity": [item.propensity for item in items],
         }  # fmt: skip
         self._lists.add([record])
         return str(record["list_id"])

@@ -1,5 +1,9 @@
-"""Request and response bodies: what OpenAPI shows."""
+"""Request and response bodies: what OpenAPI shows.
 
+Answers that are made thousands of times a second are dataclasses, which msgspec writes as JSON as they are.
+"""
+
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,14 +27,16 @@ class FraudRequest(_Body):
     counterfactual: bool = False
 
 
-class ModelRef(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class ModelRef:
     """Which version answered."""
 
     name: str
     version: int
 
 
-class Reason(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class Reason:
     """One feature's share in a score, in log-odds: positive raises the risk."""
 
     feature: str
@@ -39,7 +45,8 @@ class Reason(BaseModel):
     text: str
 
 
-class ColumnChange(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class ColumnChange:
     """One column as it was and as it would have to be."""
 
     feature: str
@@ -47,7 +54,8 @@ class ColumnChange(BaseModel):
     would_be: float | str
 
 
-class Counterfactual(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class Counterfactual:
     """Changes within what a sender can change that together would have led to an approval, at this score."""
 
     changes: list[ColumnChange]
@@ -55,7 +63,8 @@ class Counterfactual(BaseModel):
     text: str
 
 
-class FraudScore(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class FraudScore:
     """score is a calibrated probability. With `explain`, sigmoid(base + Σ contribution) = score.
 
     threshold: from this score on, decline. rules: names of the rules that hold; the first of them made the decision.
@@ -65,13 +74,14 @@ class FraudScore(BaseModel):
     score: float
     decision: Literal["approve", "review", "decline"]
     threshold: float
-    rules: list[str] = []
+    rules: list[str] = field(default_factory=list)
     base: float | None = None
-    reasons: list[Reason] = []
+    reasons: list[Reason] = field(default_factory=list)
     counterfactual: Counterfactual | None = None
 
 
-class FraudResponse(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class FraudResponse:
     """Scores in the order of the events."""
 
     model: ModelRef
@@ -89,7 +99,8 @@ class RecommendRequest(_Body):
     context: Record = {}
 
 
-class RecommendedItem(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class RecommendedItem:
     """One item; scores order a list and mean nothing between lists. propensity: how likely it was to be there."""
 
     item_id: str
@@ -99,7 +110,8 @@ class RecommendedItem(BaseModel):
     propensity: float = 1.0
 
 
-class RecommendResponse(BaseModel):
+@dataclass(slots=True, kw_only=True)
+class RecommendResponse:
     """Best item first. cold_start: nothing was known of the user. list_id: under which the list is on record, where the
     model's schema lets chance choose now and then.
     """

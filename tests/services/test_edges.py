@@ -1,19 +1,13 @@
-"""Keys, limits and the swap of models, without training anything."""
+"""Keys and limits, without training anything."""
 
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 from assay_platform.config import Config
-from assay_platform.errors import ConfigError, RegistryError
-from assay_platform.monitoring.metrics import ServiceMetrics
+from assay_platform.errors import ConfigError
 from assay_services.app import create_app, make_dependencies
 from assay_services.auth import KeyStore
-from assay_services.hot_swap import Slot
 from assay_services.limits import TokenBucket
-from assay_services.problems import ProblemError
 from fastapi.testclient import TestClient
 
 
@@ -126,56 +120,3 @@ def test_the_bucket_refuses_beyond_its_rate_and_refills() -> None:
     assert [bucket.take() for _ in range(3)] == [True, True, False]
     now[0] = 0.5
     assert [bucket.take() for _ in range(2)] == [True, False]
-
-
-class FakeRegistry:
-    """An alias that moves; version 13 cannot be downloaded."""
-
-    version: int | None = None
-
-    def newest_champion(self, application: str) -> str | None:
-        return "model" if self.version else None
-
-    def version_of(self, name: str, alias: str) -> int | None:
-        return self.version
-
-    def download(self, name: str, version: int) -> Path:
-        if version == 13:
-            raise RegistryError("no such artifact")
-        return Path(str(version))
-
-
-def test_a_slot_follows_the_alias_and_survives_a_broken_version() -> None:
-    registry, metrics = FakeRegistry(), ServiceMetrics()
-    slot: Slot[str] = Slot("fraud", lambda name, folder: f"{name} {folder}", metrics)
-    assert not slot.refresh(registry)  # type: ignore[arg-type]
-    with pytest.raises(ProblemError, match="no fraud model"):
-        slot.require()
-    for version, answers in ((1, "model 1"), (2, "model 2"), (13, "model 2"), (1, "model 1")):
-        registry.version = version
-        slot.refresh(registry)  # type: ignore[arg-type]
-        assert slot.require().model == answers
-    text = metrics.render().decode()
-    assert 'assay_model_swaps_total{application="fraud",outcome="failed"} 1.0' in text
-    assert 'assay_model_version{application="fraud",model="model"} 1.0' in text
-
-
-def test_requests_during_a_slow_load_are_answered_by_the_old_version() -> None:
-    registry, release = FakeRegistry(), threading.Event()
-
-    def load(name: str, folder: Path) -> str:
-        if str(folder) == "2":
-            release.wait(10)
-        return str(folder)
-
-    slot: Slot[str] = Slot("fraud", load, ServiceMetrics())
-    registry.version = 1
-    slot.refresh(registry)  # type: ignore[arg-type]
-    registry.version = 2
-    loading = threading.Thread(target=slot.refresh, args=(registry,))
-    loading.start()
-    time.sleep(0.05)
-    assert slot.require().model == "1"
-    release.set()
-    loading.join()
-    assert slot.require().model == "2"

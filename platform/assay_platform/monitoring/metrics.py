@@ -17,6 +17,7 @@ from assay_platform.tasks.beat import read_beats
 if TYPE_CHECKING:
     from assay_platform.moe.fences import Fences
 
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -44,6 +45,18 @@ class ServiceMetrics:
             ("application", "outcome"),
             registry=self.registry,
         )
+        self.shadowed = CounterMetric(
+            "assay_shadow_requests_total", "Requests that a challenger answered aside", ("application",),
+            registry=self.registry,
+        )  # fmt: skip
+        self.shadow_refused = CounterMetric(
+            "assay_shadow_refused_total", "Requests that a challenger does not take", ("application",),
+            registry=self.registry,
+        )  # fmt: skip
+        self.shadow_changed = Gauge(
+            "assay_shadow_changed", "Share of choices that a challenger makes otherwise, the newest requests",
+            ("application",), registry=self.registry,
+        )  # fmt: skip
         self.labels = CounterMetric("assay_fraud_labels_total", "Reported labels taken in", registry=self.registry)
         self.decisions = CounterMetric(
             "assay_fraud_decisions_total", "Fraud decisions", ("decision",), registry=self.registry
@@ -51,9 +64,37 @@ class ServiceMetrics:
         self.recommendations = CounterMetric(
             "assay_recommendations_total", "Recommendation lists", ("cold_start",), registry=self.registry
         )
+        self._batch_requests = Histogram(
+            "assay_batch_requests", "Requests answered by one call of a model", ("application",),
+            buckets=_BATCH_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._batch_rows = Histogram(
+            "assay_batch_rows", "Rows scored by one call of a model", ("application",),
+            buckets=_BATCH_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._batch_seconds = Histogram(
+            "assay_batch_seconds", "Time of one call of a model", ("application",),
+            buckets=_LATENCY_BUCKETS_S, registry=self.registry,
+        )  # fmt: skip
         self.events = CounterMetric(
             "assay_events_total", "Events folded into features", ("application",), registry=self.registry
         )
+
+    def on_batch(self, application: str) -> Callable[[int, int, float], None]:
+        """What counts calls of a model: how many requests and rows each answered, and how long it took."""
+        requests, rows = (of.labels(application) for of in (self._batch_requests, self._batch_rows))
+        seconds = self._batch_seconds.labels(application)
+
+        def count(num_requests: int, num_rows: int, spent_s: float) -> None:
+            requests.observe(num_requests)
+            rows.observe(num_rows)
+            seconds.observe(spent_s)
+
+        return count
+
+    def watch_queues(self, waiting: Callable[[], Mapping[str, int]]) -> None:
+        """Show how many requests wait. waiting: application → requests, asked at every scrape."""
+        self.registry.register(_QueueCollector(waiting))
 
     def watch_tiers(self, stores: Callable[[], Mapping[str, TieredStore]]) -> None:
         """Show the tiers of feature stores: hits, moves and bytes. stores: name → store, asked at every scrape."""
@@ -70,6 +111,19 @@ class ServiceMetrics:
     def render(self) -> bytes:
         """The text that a Prometheus server scrapes."""
         return generate_latest(self.registry)
+
+
+class _QueueCollector(Collector):
+    """Asks who waits when Prometheus asks."""
+
+    def __init__(self, waiting: Callable[[], Mapping[str, int]]) -> None:
+        self._waiting = waiting
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("assay_requests_waiting", "Requests that wait for a model", labels=["application"])
+        for application, count in self._waiting().items():
+            family.add_metric([application], count)
+        yield family
 
 
 class _TaskCollector(Collector):

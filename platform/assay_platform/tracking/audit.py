@@ -30,8 +30,8 @@ class AuditLog:
         self._path = path
         self._clock = clock
 
-    def append(self, action: str, **details: Any) -> dict[str, Any]:
-        """Add one entry and flush it to disk before returning.
+    def append(self, action: str, *, actor: str | None = None, **details: Any) -> dict[str, Any]:
+        """Add one entry and flush it to disk before returning. actor: the user of this process by default.
 
         Raises:
             StorageError: the log cannot be written; the change that it records must then not happen.
@@ -45,7 +45,7 @@ class AuditLog:
                 previous = hashlib.sha256(lines[-1]).hexdigest() if lines else _FIRST
                 entry = {
                     "time": self._clock().isoformat(timespec="milliseconds"),
-                    "actor": _actor(),
+                    "actor": actor or _actor(),
                     "action": action,
                     **details,
                     "previous_sha256": previous,

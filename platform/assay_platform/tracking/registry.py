@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _GATE_TAG, _APPLICATION_TAG, _METRICS_TAG = "assay.gate", "assay.application", "assay.metrics"
+_UNCHECKED_TAG = "assay.unchecked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +168,22 @@ class ModelRegistry:
         document = json.loads(tag)
         return GateReport(**{**document, "failed": tuple(document["failed"])})
 
-    def promote(self, name: str, version: int, *, alias: str = CHAMPION, reason: str) -> GateReport:
+    def promote(
+        self,
+        name: str,
+        version: int,
+        *,
+        alias: str = CHAMPION,
+        reason: str,
+        unchecked: bool = False,
+        actor: str | None = None,
+    ) -> GateReport:
         """Point an alias at a version; services that follow it switch within seconds.
 
         For `champion` the version's gate report must have no failed check. Whether it beat the champion of its
         day is recorded, not enforced: a person may prefer an older version.
+
+        unchecked: services take it without a rehearsal. actor: who wants it, if not the user of this process.
 
         Raises:
             RegistryError: the model or version does not exist.
@@ -183,13 +195,16 @@ class ModelRegistry:
         before = self.version_of(name, alias)
         self._audit.append(
             "promote",
+            actor=actor,
             model=name,
             alias=alias,
             version=version,
             from_version=before,
             reason=reason,
             gate=gate.summary,
+            **({"unchecked": True} if unchecked else {}),
         )
+        self._client.set_model_version_tag(name, str(version), _UNCHECKED_TAG, str(unchecked).lower())
         self._client.set_registered_model_alias(name, alias, str(version))
         if alias == CHAMPION and self.version_of(name, CHALLENGER) == version:
             self._client.delete_registered_model_alias(name, CHALLENGER)
@@ -201,7 +216,23 @@ class ModelRegistry:
         self._audit.append("challenge", model=name, alias=CHALLENGER, version=version, from_version=before)
         self._client.set_registered_model_alias(name, CHALLENGER, str(version))
 
-    def rollback(self, name: str) -> tuple[int, int]:
+    def is_unchecked(self, name: str, version: int) -> bool:
+        """Whether whoever promoted a version wants no rehearsal of it."""
+        return bool(self._version(name, version).tags.get(_UNCHECKED_TAG) == "true")
+
+    def replace(self, name: str, wrong: int, right: int, *, reason: str) -> None:
+        """Point `champion` back from one version to another, unless it points elsewhere by now.
+
+        Raises:
+            RegistryError: it does.
+        """
+        current = self.version_of(name)
+        if current != wrong:
+            raise RegistryError(f"{name}: champion is version {current} and not {wrong} any more")
+        self._audit.append("rollback", model=name, alias=CHAMPION, version=right, from_version=wrong, reason=reason)
+        self._client.set_registered_model_alias(name, CHAMPION, str(right))
+
+    def rollback(self, name: str, *, reason: str = "", actor: str | None = None) -> tuple[int, int]:
         """Point `champion` back at the version before; returns (from, to). Repeated, it goes further back.
 
         Raises:
@@ -224,7 +255,9 @@ class ModelRegistry:
             raise RegistryError(f"{name!r} version {current} is the first champion; there is nothing to roll back to")
         target = history[-1]
         self._version(name, target)
-        self._audit.append("rollback", model=name, alias=CHAMPION, version=target, from_version=current)
+        self._audit.append(
+            "rollback", actor=actor, model=name, alias=CHAMPION, version=target, from_version=current, reason=reason
+        )
         self._client.set_registered_model_alias(name, CHAMPION, str(target))
         return current, target
 
