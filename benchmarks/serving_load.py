@@ -62,7 +62,7 @@ def running(command: list[str], port: int, probe: bytes, path: str, log: Path) -
     try:
         deadline = time.monotonic() + 300
         while True:
-            request = urllib.request.Request(  # noqa: S310
+            request = urllib.request.Request(
                 f"http://127.0.0.1:{port}{path}", data=probe, headers={"Content-Type": "application/json"}
             )
             try:

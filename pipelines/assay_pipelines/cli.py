@@ -142,6 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--ray", action="store_true", help="scale out on Ray Serve")
     serve.add_argument("--new-key", metavar="WHO", help="create an API key for WHO, print it once, and exit")
 
+    keys = commands.add_parser("keys", help="API keys of the service; a running one notices changes within a second")
+    key_commands = keys.add_subparsers(dest="keys_command", metavar="ACTION", required=True, parser_class=_Parser)
+    new_key = key_commands.add_parser("new", help="make a key, print it once")
+    new_key.add_argument("who", metavar="WHO")
+    new_key.add_argument("--scopes", default="score,write,read", metavar="A,B",
+                         help="what it may do: score, write (events, labels, items), read (decisions, models), admin "
+                              "(promote, roll back, erase); default: all but admin")  # fmt: skip
+    new_key.add_argument("--rate", type=float, metavar="N", help="requests a second (default: no limit of its own)")
+    new_key.add_argument("--days", type=float, metavar="N", help="after which it ends (default: never)")
+    key_commands.add_parser("list", help="whose keys there are, and what they may do")
+    revoke = key_commands.add_parser("revoke", help="end a key")
+    revoke.add_argument("id", metavar="ID", help="as `assay keys list` shows it")
+
     promote = commands.add_parser("promote", help="point an alias at a version; services follow within seconds")
     promote.add_argument("model", metavar="MODEL")
     promote.add_argument("version", type=int, metavar="VERSION")

@@ -45,6 +45,7 @@ def dispatch(call: argparse.Namespace) -> int:
         "tune": _tune,
         "automl": _automl,
         "serve": _serve,
+        "keys": _keys,
         "promote": _promote,
         "rollback": _rollback,
         "audit": _audit,
@@ -332,6 +333,21 @@ def _serve(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 - s
         arguments.append("--ray")
     sys.stdout.flush()
     os.execv(sys.executable, arguments)  # noqa: S606 - our own interpreter and module
+
+
+def _keys(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
+    """The service's own command: pipelines do not import services."""
+    given: list[str] = []
+    if call.keys_command == "new":
+        given = [call.who, "--scopes", call.scopes, *_option("--rate", call.rate), *_option("--days", call.days)]
+    elif call.keys_command == "revoke":
+        given = [call.id]
+    command = [sys.executable, "-m", "assay_services.keys", call.keys_command, *given]
+    return subprocess.run(command, check=False).returncode
+
+
+def _option(name: str, value: float | None) -> list[str]:
+    return [] if value is None else [name, str(value)]
 
 
 def _promote(call: argparse.Namespace, config: Config) -> int:

@@ -28,6 +28,7 @@ from assay_services.auth import KeyStore
 from assay_services.batching import Batcher, BatchLimits
 from assay_services.fraud import FraudScorer
 from assay_services.hot_swap import Follower, Loaded, Slot
+from assay_services.idempotency import Idempotency, named_by
 from assay_services.limits import Gatekeeper
 from assay_services.problems import ProblemError, install
 from assay_services.recommend import ItemRecommender
@@ -189,7 +190,8 @@ def create_app(deps: Dependencies) -> FastAPI:
                 metrics=deps.metrics,
                 max_body_bytes=service.max_body_bytes,
                 max_requests_per_s=service.max_requests_per_s,
-            )
+            ),
+            Middleware(Idempotency),
         ],
     )
     install(app)
@@ -239,9 +241,12 @@ def create_app(deps: Dependencies) -> FastAPI:
         return bodies.json_response(answer)
 
     @app.post("/v1/events", status_code=202, responses=_PROBLEMS)
-    def events(body: EventsRequest) -> EventsResponse:
-        """Fold new events into the online features; the answer comes when they are in."""
+    def events(body: EventsRequest, request: Request) -> EventsResponse:
+        """Fold new events into the online features; the answer comes when they are in. Events that are sent again with
+        their ids, or with the same Idempotency-Key, count once.
+        """
         check_batch(len(body.events))
+        key = request.headers.get("idempotency-key")
         parsed, refused = [], []
         for slot in (deps.fraud, deps.recommend):
             if body.application not in (None, slot.application):
@@ -253,7 +258,8 @@ def create_app(deps: Dependencies) -> FastAPI:
                 continue
             try:
                 # All are checked before any is written, so a bad one changes nothing.
-                parsed.append((slot.application, loaded.model, loaded.model.parse_events(body.events)))
+                records = named_by(key, body.events, loaded.model.id_column)
+                parsed.append((slot.application, loaded.model, records, loaded.model.parse_events(records)))
             except DataError as error:
                 refused.append((slot.application, error))
         if not parsed and refused:
@@ -261,10 +267,10 @@ def create_app(deps: Dependencies) -> FastAPI:
         if not parsed:
             raise ProblemError(503, "no model is loaded", headers={"Retry-After": "5"})
         answer = EventsResponse(accepted={}, duplicates={}, late={})
-        for application, model, batch in parsed:
+        for application, model, records, batch in parsed:
             report = model.add(batch)
             if isinstance(model, FraudScorer):
-                model.keep_events(body.events)
+                model.keep_events(records)
             deps.metrics.events.labels(application).inc(report.accepted)
             answer.accepted[application] = report.accepted
             if report.duplicates:

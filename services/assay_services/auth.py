@@ -1,57 +1,164 @@
-"""API keys: shown once when made, kept as hashes.
+"""API keys: shown once when made, kept as hashes, with what each may do, how often and until when.
 
-A key is 256 random bits, so one SHA-256 is enough to make the stored value useless; slow hashes are for
-passwords that people choose.
+A key is 256 random bits, so one SHA-256 is enough to make the stored value useless; slow hashes are for passwords that
+people choose. A running service notices a changed key file within a second, so keys are rotated without a restart:
+make the new one, move callers over, revoke the old one.
 """
 
 import hashlib
-import hmac
 import json
+import os
 import secrets
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-from assay_platform.errors import ConfigError
+from assay_platform.errors import ConfigError, InputError
 from assay_platform.storage import write_json
+
+SCORE, WRITE, READ, ADMIN = SCOPES = ("score", "write", "read", "admin")
+_USUAL = (SCORE, WRITE, READ)
+_LOOK_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Whom a key belongs to. id: by which it is revoked. scopes: what it may do; see docs/security.md.
+
+    rate: requests a second, None for no limit of its own. expires: ISO 8601.
+    """
+
+    id: str
+    who: str
+    sha256: str
+    created: str
+    scopes: tuple[str, ...] = _USUAL
+    rate: float | None = None
+    expires: str | None = None
+
+    def has_expired(self, now: datetime) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and datetime.fromisoformat(self.expires) <= now
 
 
 class KeyStore:
-    """The keys of one deployment. With no key, the service is open (and must stay on loopback)."""
+    """The keys of one deployment. With no key, the service is open (and must stay on loopback); once it has seen one,
+    it stays closed, whatever is revoked.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._hashes = [entry["sha256"] for entry in self._entries()]
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._path, self._clock, self._now = path, clock, now
+        self._looked_at, self._stamp = -_LOOK_AGAIN_S, (0, 0)
+        self._callers: dict[str, Caller] = {}
+        self._callers = {caller.sha256: caller for caller in self._read()}
+        self._stamp = self._stamp_now()
+        self._closed = bool(self._callers)
 
     def __bool__(self) -> bool:
-        return bool(self._hashes)
+        """Whether a key is needed."""
+        self._look()
+        return self._closed
 
-    def create(self, who: str) -> str:
-        """Make a key for somebody; this is the only time that it can be seen."""
-        key = secrets.token_urlsafe(32)
-        entry = {
-            "who": who,
-            "sha256": _digest(key),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_json(self._path, {"keys": [*self._entries(), entry]})
-        self._path.chmod(0o600)
-        self._hashes.append(entry["sha256"])
+    def create(
+        self, who: str, *, scopes: Sequence[str] = _USUAL, rate: float | None = None, days: float | None = None
+    ) -> str:
+        """Make a key for somebody; this is the only time that it can be seen.
+
+        Raises:
+            InputError: a scope is unknown, or rate or days are not above 0.
+        """
+        unknown = sorted(set(scopes) - set(SCOPES))
+        if unknown or not scopes:
+            raise InputError(f"scopes: {', '.join(unknown) or 'none given'}; allowed are {', '.join(SCOPES)}")
+        for name, value in (("rate", rate), ("days", days)):
+            if value is not None and not value > 0:
+                raise InputError(f"{name}: {value} is not above 0")
+        key, now = secrets.token_urlsafe(32), self._now()
+        caller = Caller(
+            id=secrets.token_hex(4),
+            who=who,
+            sha256=_digest(key),
+            created=now.isoformat(timespec="seconds"),
+            scopes=tuple(scope for scope in SCOPES if scope in scopes),
+            rate=rate,
+            expires=None if days is None else (now + timedelta(days=days)).isoformat(timespec="seconds"),
+        )
+        self._write([*self._read(), caller])
         return key
 
-    def accepts(self, key: str) -> bool:
-        """Whether a presented key is known; takes the same time for any wrong key."""
-        digest = _digest(key)
-        matches = [hmac.compare_digest(digest, known) for known in self._hashes]  # all of them: no early exit
-        return any(matches)
+    def revoke(self, key_id: str) -> Caller:
+        """End a key; services refuse it within a second.
 
-    def _entries(self) -> list[dict[str, str]]:
+        Raises:
+            InputError: there is none of this id.
+        """
+        callers = self._read()
+        found = next((caller for caller in callers if caller.id == key_id), None)
+        if found is None:
+            raise InputError(f"no key has the id {key_id!r}; `assay keys list` shows them")
+        self._write([caller for caller in callers if caller.id != key_id])
+        return found
+
+    def callers(self) -> list[Caller]:
+        """All keys, without the keys."""
+        return self._read()
+
+    def caller(self, key: str) -> Caller | None:
+        """Whose key this is; None if it is unknown, revoked or expired. What is looked up is its hash: how long that
+        takes says nothing of other keys.
+        """
+        self._look()
+        found = self._callers.get(_digest(key))
+        return None if found is None or found.has_expired(self._now()) else found
+
+    def _look(self) -> None:
+        """Read the file again if it has changed; one that cannot be read leaves the keys that are known."""
+        if self._clock() - self._looked_at < _LOOK_AGAIN_S:
+            return
+        self._looked_at = self._clock()
+        stamp = self._stamp_now()
+        if stamp != self._stamp:
+            try:
+                self._callers = {caller.sha256: caller for caller in self._read()}
+                self._stamp, self._closed = stamp, self._closed or bool(self._callers)
+            except ConfigError:
+                return
+
+    def _stamp_now(self) -> tuple[int, int]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return 0, 0
+        return found.st_mtime_ns, found.st_ino
+
+    def _write(self, callers: Sequence[Caller]) -> None:
+        previous = os.umask(0o077)
+        try:
+            write_json(self._path, {"keys": [asdict(caller) for caller in callers]})
+            self._path.chmod(0o600)
+        finally:
+            os.umask(previous)
+        self._callers, self._stamp = {caller.sha256: caller for caller in callers}, self._stamp_now()
+        self._closed = self._closed or bool(callers)
+
+    def _read(self) -> list[Caller]:
         if not self._path.is_file():
             return []
         try:
-            entries: list[dict[str, str]] = json.loads(self._path.read_text(encoding="utf-8"))["keys"]
+            entries: list[dict[str, Any]] = json.loads(self._path.read_text(encoding="utf-8"))["keys"]
+            # Keys made before there were ids are known by the beginning of their hash.
+            return [Caller(**{"id": e["sha256"][:8], **e, "scopes": tuple(e.get("scopes", _USUAL))}) for e in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self._path}: not a readable key file ({error}); restore or delete it") from error
-        return entries
 
 
 def _digest(key: str) -> str:

@@ -219,6 +219,11 @@ class FraudScorer:
         changes = [ColumnChange(feature=c.column, was=c.was, would_be=c.would_be) for c in found.changes]
         return Counterfactual(changes=changes, score=found.score, text=would_have_been(changes))
 
+    @property
+    def id_column(self) -> str:
+        """Of an event, by which it is known again."""
+        return self.schema.id or "id"
+
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""
         return self._parsed(self._streams[0][0], records)
@@ -280,7 +285,7 @@ class FraudScorer:
         assert self._reports is not None
         part, stream = self._streams[1]
         column = self._reports.column
-        records = [{**event, column: 1, self.schema.id or "id": name} for _, name, event, _ in frauds]
+        records = [{**event, column: 1, self.id_column: name} for _, name, event, _ in frauds]
         events = self._parsed(part, records, [f"labels[{i}].event" for i, *_ in frauds])
         if self._accounts is not None:
             events = self._accounts.assign(events)
@@ -292,18 +297,18 @@ class FraudScorer:
     def _events(self, records: list[Record]) -> Events:
         schema = self.schema
         return events_from_records(
-            records, timestamp=schema.timestamp, keys=schema.keys, numbers=schema.numbers, id_column=schema.id or "id"
+            records, timestamp=schema.timestamp, keys=schema.keys, numbers=schema.numbers, id_column=self.id_column
         )
 
     def _parsed(self, plan: FeaturePlan, records: list[Record], places: list[str] | None = None) -> Events:
         keys, numbers = columns_read(plan, self.schema)
         return events_from_records(
-            records, timestamp=self.schema.timestamp, keys=keys, numbers=numbers, id_column=self.schema.id or "id",
+            records, timestamp=self.schema.timestamp, keys=keys, numbers=numbers, id_column=self.id_column,
             places=places,
         )  # fmt: skip
 
     def _id_of(self, record: Record) -> str | None:
-        return canonical_key(record.get(self.schema.id or "id"))
+        return canonical_key(record.get(self.id_column))
 
 
 def _plain(value: Any) -> float | str | None:

@@ -1,8 +1,10 @@
-"""What stands in front of every request: API key, rate, body size; and the count of all of it.
+"""What stands in front of every request: key and what it may do, rates, body size, a request id; and the count of all.
 
 Pure ASGI, so it costs microseconds and a refused body is never read into memory.
 """
 
+import re
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +12,22 @@ from typing import Any
 from assay_platform.monitoring.metrics import ServiceMetrics
 from starlette.requests import ClientDisconnect
 
-from assay_services.auth import KeyStore
+from assay_services.auth import ADMIN, READ, SCORE, WRITE, Caller, KeyStore
 from assay_services.problems import MEDIA_TYPE, problem_bytes
 
 Scope = dict[str, Any]
 _OPEN = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect")
+_REQUEST_ID, _USABLE_ID = b"x-request-id", re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
+# The first that fits; whatever else there is needs the right to read.
+_SCOPES = (
+    ("/v1/admin/", ADMIN),
+    ("/v1/fraud/score", SCORE),
+    ("/v1/recommend", SCORE),
+    ("/v1/events", WRITE),
+    ("/v1/items", WRITE),
+    ("/v1/labels", WRITE),
+)
+_MAX_BUCKETS = 10_000
 
 
 class TokenBucket:
@@ -34,9 +47,14 @@ class TokenBucket:
         self._tokens -= 1.0
         return True
 
+    @property
+    def wait_s(self) -> float:
+        """Until the next one fits."""
+        return max(0.0, (1.0 - self._tokens) / self._rate)
+
 
 class Gatekeeper:
-    """ASGI middleware around the application."""
+    """ASGI middleware around the application. Who called is `scope["state"]["caller"]`, None without keys."""
 
     def __init__(
         self,
@@ -51,6 +69,7 @@ class Gatekeeper:
         self._keys, self._metrics = keys, metrics
         self._max_body_bytes = max_body_bytes
         self._bucket = TokenBucket(max_requests_per_s)
+        self._buckets: dict[str, tuple[float, TokenBucket]] = {}  # key's id → its rate and what is left of it
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Handle one connection."""
@@ -58,15 +77,19 @@ class Gatekeeper:
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 500
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def counted_send(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (_REQUEST_ID, request_id)]}
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
+            refusal = self._refusal(scope, headers)
             if refusal is not None:
                 await _answer(counted_send, *refusal)
             else:
@@ -77,24 +100,45 @@ class Gatekeeper:
             self._metrics.requests.labels(route, scope["method"], str(status)).inc()
             self._metrics.latency.labels(route).observe(time.perf_counter() - started)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str, dict[str, str]] | None:
-        if scope["path"] in _OPEN:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, dict[str, str]] | None:
+        path = scope["path"]
+        scope["state"]["caller"] = None
+        if path in _OPEN:
             return None
         if not self._bucket.take():
-            return 429, "more requests a second than this service allows", {"retry-after": "1"}
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._keys:
-            presented = headers.get(b"x-api-key", b"").decode("latin-1")
-            scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            if scheme.lower() == "bearer":
-                presented = presented or token
-            if not presented or not self._keys.accepts(presented):
-                what = "wrong" if presented else "missing"
-                return 401, f"the API key is {what}; send it as X-API-Key", {"www-authenticate": "Bearer"}
+            return 429, "more requests a second than this service allows", _come_back(self._bucket)
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            return self._too_large()
+        if self._keys and (refusal := self._refused_key(scope, headers)) is not None:
+            return refusal
+        return self._too_large() if length.isdigit() and int(length) > self._max_body_bytes else None
+
+    def _refused_key(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, dict[str, str]] | None:
+        presented = headers.get(b"x-api-key", b"").decode("latin-1")
+        scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if scheme.lower() == "bearer":
+            presented = presented or token
+        caller = self._keys.caller(presented) if presented else None
+        if caller is None:
+            what = "wrong" if presented else "missing"
+            return 401, f"the API key is {what}; send it as X-API-Key", {"www-authenticate": "Bearer"}
+        scope["state"]["caller"] = caller
+        needed = next((right for prefix, right in _SCOPES if scope["path"].startswith(prefix)), READ)
+        if needed not in caller.scopes:
+            return 403, f"this API key may not {needed}; it may {', '.join(caller.scopes)}", {}
+        bucket = self._bucket_of(caller)
+        if bucket is not None and not bucket.take():
+            return 429, f"more requests a second than this API key allows ({caller.rate:g})", _come_back(bucket)
         return None
+
+    def _bucket_of(self, caller: Caller) -> TokenBucket | None:
+        if caller.rate is None:
+            return None
+        held = self._buckets.get(caller.id)
+        if held is None or held[0] != caller.rate:
+            if len(self._buckets) >= _MAX_BUCKETS:
+                self._buckets.clear()
+            held = self._buckets[caller.id] = (caller.rate, TokenBucket(caller.rate))
+        return held[1]
 
     def _too_large(self) -> tuple[int, str, dict[str, str]]:
         return 413, f"the body is larger than {self._max_body_bytes} bytes; send fewer events a request", {}
@@ -124,6 +168,17 @@ class Gatekeeper:
         finally:
             if received > self._max_body_bytes:
                 await _answer(send, *self._too_large())
+
+
+def _request_id(headers: dict[bytes, bytes]) -> bytes:
+    """The caller's own, if it can be written into a log as it is, or a new one."""
+    given = headers.get(_REQUEST_ID, b"")
+    return given if _USABLE_ID.fullmatch(given) else secrets.token_hex(8).encode()
+
+
+def _come_back(bucket: TokenBucket) -> dict[str, str]:
+    # Whole seconds are what HTTP knows.
+    return {"retry-after": str(max(1, round(bucket.wait_s)))}
 
 
 async def _answer(send: Any, status: int, detail: str, headers: dict[str, str]) -> None:

@@ -240,6 +240,8 @@ class ItemRecommender:
                 self._model = self._model.extended(items, list(new.values()), now_us=now_us, store_features_NF=store_NF)
             self._read = end
 
+    id_column = "id"
+
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""
         events = events_from_records(
@@ -247,7 +249,7 @@ class ItemRecommender:
             timestamp=self.schema.timestamp,
             keys=self.schema.keys,
             numbers=self.schema.numbers,
-            id_column="id",
+            id_column=self.id_column,
         )
         for name in self.schema.keys:
             for i, value in enumerate(events.keys[name]):

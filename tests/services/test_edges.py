@@ -1,12 +1,13 @@
 """Keys and limits, without training anything."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from assay_platform.config import Config
-from assay_platform.errors import ConfigError
+from assay_platform.errors import ConfigError, InputError
 from assay_services.app import create_app, make_dependencies
-from assay_services.auth import KeyStore
+from assay_services.auth import SCOPES, KeyStore
 from assay_services.limits import TokenBucket
 from fastapi.testclient import TestClient
 
@@ -103,6 +104,84 @@ def test_with_keys_a_missing_or_wrong_one_is_401(config: Config) -> None:
     assert client.get("/v1/models", headers={"x-api-key": key}).status_code == 200
     assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
     assert client.get("/healthz").status_code == 200
+
+
+def test_a_key_may_do_what_it_was_made_for(config: Config) -> None:
+    store = KeyStore(config.paths.api_keys)
+    keys = {scope: store.create(scope, scopes=[scope]) for scope in SCOPES}
+    client = TestClient(create_app(make_dependencies(config)), raise_server_exceptions=False)
+    needed = {"/v1/fraud/score": "score", "/v1/recommend": "score", "/v1/events": "write", "/v1/labels": "write",
+              "/v1/items": "write"}  # fmt: skip
+    for path, scope in needed.items():
+        for name, key in keys.items():
+            refused = client.post(path, json={}, headers={"x-api-key": key}).status_code == 403
+            assert refused == (name != scope), (path, name)
+    assert client.get("/v1/models", headers={"x-api-key": keys["read"]}).status_code == 200
+    assert is_problem(client.get("/v1/models", headers={"x-api-key": keys["write"]}), 403, "may not read")
+    with pytest.raises(InputError, match="scopes: fly; allowed are"):
+        store.create("bird", scopes=["fly"])
+
+
+def test_a_running_service_learns_of_new_and_revoked_keys(config: Config) -> None:
+    now = [0.0]
+    seen = KeyStore(config.paths.api_keys, clock=lambda: now[0])
+    assert not seen
+    store = KeyStore(config.paths.api_keys)
+    first = store.create("shop")
+    now[0] = 2.0
+    assert seen
+    assert seen.caller(first) is not None
+    second = store.create("shop, new")
+    [old, _] = store.callers()
+    store.revoke(old.id)
+    now[0] = 4.0
+    assert seen.caller(first) is None
+    assert seen.caller(second) is not None
+    store.revoke(store.callers()[0].id)
+    now[0] = 6.0
+    assert seen.caller(second) is None
+    assert seen, "without a key nobody may call; the service does not open by itself"
+    config.paths.api_keys.write_text("{")
+    now[0] = 8.0
+    assert seen, "a file that cannot be read leaves everything as it was"
+    with pytest.raises(InputError, match="no key has the id"):
+        KeyStore(config.paths.api_keys.with_name("other.json")).revoke("x")
+
+
+def test_a_key_ends_when_its_time_is_over(config: Config) -> None:
+    now = [datetime(2026, 1, 1, tzinfo=UTC)]
+    store = KeyStore(config.paths.api_keys, now=lambda: now[0])
+    key = store.create("guest", days=30)
+    assert store.caller(key) is not None
+    now[0] += timedelta(days=30)
+    assert store.caller(key) is None
+
+
+def test_a_key_has_a_rate_of_its_own(config: Config) -> None:
+    store = KeyStore(config.paths.api_keys)
+    slow, fast = store.create("slow", rate=2), store.create("fast")
+    client = TestClient(create_app(make_dependencies(config)))
+    answers = [client.get("/v1/models", headers={"x-api-key": slow}) for _ in range(20)]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    assert is_problem(refused[0], 429, "this API key allows (2)")
+    assert int(refused[0].headers["retry-after"]) >= 1
+    assert client.get("/v1/models", headers={"x-api-key": fast}).status_code == 200
+
+
+def test_every_answer_has_a_request_id_the_callers_own_if_it_is_usable(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"x-request-id": "order-17"}).headers["x-request-id"] == "order-17"
+    for bad in ("", "two words", "x" * 129):
+        made = client.get("/healthz", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert made != bad
+        assert len(made) == 16
+    assert "x-request-id" in client.post("/v1/fraud/score", content=b"{").headers
+
+
+@pytest.mark.parametrize("given", ["soon", "-5", "0", "inf", "nan"])
+def test_a_timeout_that_is_none_is_refused(client: TestClient, given: str) -> None:
+    answer = client.post("/v1/recommend", json={"user_id": "u"}, headers={"x-timeout-ms": given})
+    assert is_problem(answer, 422, "X-Timeout-Ms")
 
 
 def test_keys_are_kept_as_hashes_for_the_owner_alone(config: Config) -> None:
