@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ from assay_features.vectors import NEVER_US, RecordKeys, ViewLayout
 _STATE, _SEQUENCE = "state", "sequence"
 # Ids of late times are forgotten when so many are held, or twice as many as were left the last time.
 _MAX_IDS = 100_000
+# Made keys of records that are kept, an entity.
+_RECORD_KEYS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ class _EntityStore:
         self.view = ViewLayout(view, ((_STATE, "bytes"), (_SEQUENCE, "bytes")))
         self._keys = RecordKeys(project, view, entity_columns(entity))
         self._is_composite = not isinstance(entity, str)
+        # Who pays now has often paid a moment ago.
+        self._record_key = lru_cache(_RECORD_KEYS)(self._make_record_key)
         # Where the state begins in a record: after header, status bytes and its own length.
         self._state_place = len(self.view.pack({_STATE: b"", _SEQUENCE: b""}, 0)) - 4
         # What goes around time and state in a record without a sequence.
@@ -94,9 +99,10 @@ class _EntityStore:
         self._frame = (frame[:8], frame[16 : self._state_place], frame[self._state_place + width :])
 
     def record_keys(self, keys: Sequence[str]) -> list[bytes]:
-        if self._is_composite:
-            return [self._keys.of_parts(key.split(KEY_SEPARATOR)) for key in keys]
-        return [self._keys.of(key) for key in keys]
+        return list(map(self._record_key, keys))
+
+    def _make_record_key(self, key: str) -> bytes:
+        return self._keys.of_parts(key.split(KEY_SEPARATOR)) if self._is_composite else self._keys.of(key)
 
     def unpack(self, records: Sequence[bytes | None]) -> tuple[Floats, list[RecentValues]]:
         """Writable states and sequences; None is an entity never seen."""
@@ -137,15 +143,16 @@ class EventStream:
         settings: StreamSettings = StreamSettings(),
         *,
         clock: Callable[[], float] = time.time,
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Recovers what a process that was killed has left.
+        """Recovers what a process that was killed has left. may_write: false where another process is to write.
 
         Raises:
             StorageError: store or log cannot be read.
         """
         self.plan = plan
         self._store, self._settings, self._clock = store, settings, clock
-        self._log_folder = log_folder
+        self._log_folder, self._may_write = log_folder, may_write
         self._entities = {entity: _EntityStore(project, plan, entity) for entity in plan.entities}
         self._meta_key = f"\0stream\0{project}\0{plan.version}".encode()
         self._ids_key = f"\0ids\0{project}\0{plan.version}".encode()
@@ -259,6 +266,12 @@ class EventStream:
                 segments = held.pack(part.states, part.sequences)
                 self._store.put_many(dict(zip(held.record_keys(part.keys.tolist()), segments, strict=True)))
 
+    def take_over(self) -> None:
+        """Recover what another process has left that wrote this stream, if it has gone and this one may write."""
+        with self._lock:
+            if self._log is None:
+                self._refresh()
+
     def checkpoint(self) -> None:
         """Write states in memory to the disk, and drop what is no longer needed of the log."""
         with self._lock:
@@ -297,7 +310,7 @@ class EventStream:
         if self._log is None:
             self._batch = batch
             self._watermark_us = max(self._watermark_us, batch.get("until_us", NEVER_US))
-            if self._log_folder.is_dir():
+            if self._log_folder.is_dir() and self._may_write():
                 try:
                     self._opened_log()
                 except StorageError:

@@ -139,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, metavar="PORT", help="default 8000; 0 takes any free one")
     serve.add_argument("--fraud", metavar="MODEL", help="which fraud model (default: the newest champion)")
     serve.add_argument("--recommend", metavar="MODEL", help="which recommender (default: the newest champion)")
+    serve.add_argument("--workers", type=int, metavar="N",
+                       help="processes that answer on the port (default: 1); one that ends starts again")  # fmt: skip
     serve.add_argument("--ray", action="store_true", help="scale out on Ray Serve")
     serve.add_argument("--new-key", metavar="WHO", help="create an API key for WHO, print it once, and exit")
 

@@ -325,7 +325,7 @@ def _submit(call: argparse.Namespace, config: Config) -> int:
 def _serve(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 - services read the settings themselves
     """Replace this process by the service, so that signals reach it directly."""
     arguments = [sys.executable, "-m", "assay_services"]
-    for flag in ("host", "port", "fraud", "recommend", "new_key"):
+    for flag in ("host", "port", "fraud", "recommend", "workers", "new_key"):
         value = getattr(call, flag)
         if value is not None:
             arguments += [f"--{flag.replace('_', '-')}", str(value)]

@@ -78,22 +78,31 @@ class Service:
     """Limits of the scoring service.
 
     max_batch_ms: what one call of a model may take, so that those who come next wait no longer. max_wait_ms: a request
-    that would have to wait longer is refused.
+    that would have to wait longer is refused. workers: processes on the port. tls_certificate, tls_key: PEM files.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    workers: int = 1
+    tls_certificate: str = ""
+    tls_key: str = ""
     max_body_bytes: int = 4 * 1024 * 1024
     max_batch: int = 1000
     max_requests_per_s: float = 2000.0
-    max_batch_ms: float = 20.0
+    max_batch_ms: float = 50.0
     max_wait_ms: float = 250.0
     poll_registry_s: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"service.port is {self.port}; allowed are 0 (any free port) to 65535")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("service.tls_certificate and service.tls_key go together: one of them is missing")
+        for name in ("tls_certificate", "tls_key"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_file():
+                raise ConfigError(f"service.{name} is {getattr(self, name)!r}; there is no such file")
         above_0 = (
+            "workers",
             "max_body_bytes", "max_batch", "max_requests_per_s", "max_batch_ms", "max_wait_ms", "poll_registry_s",
         )  # fmt: skip
         for name in above_0:

@@ -2,14 +2,19 @@
 
 import argparse
 import ipaddress
+import json
 import logging
 import os
 import socket
 import sys
 from dataclasses import replace
+from typing import Any
 
 from assay_platform.config import Config, Service, load_config
 from assay_platform.errors import AssayError, ConfigError, InputError
+
+# Which models the processes of a service answer with, as JSON.
+_SERVED = "ASSAY_SERVED_MODELS"
 
 
 def main() -> int:
@@ -19,16 +24,15 @@ def main() -> int:
     parser.add_argument("--port", type=int)
     parser.add_argument("--fraud")
     parser.add_argument("--recommend")
+    parser.add_argument("--workers", type=int)
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--new-key")
     call = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "mlflow", "alembic", "feast"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _log_to_stderr()
     try:
         config = load_config()
         service = config.service
-        chosen = {"host": call.host, "port": call.port}
+        chosen = {"host": call.host, "port": call.port, "workers": call.workers}
         service = replace(service, **{k: v for k, v in chosen.items() if v is not None})
         config = replace(config, service=service)
         if call.new_key:
@@ -74,22 +78,50 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
         os.environ.setdefault(name, "1")
     # Threads that are done sleep instead of keeping a core busy, which the next request needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
+    os.environ[_SERVED] = json.dumps([call.fraud, call.recommend])
     import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    scheme = "https" if service.tls_certificate else "http"
+    sys.stdout.write(f"Assay answers on {scheme}://{service.host}:{port}  docs: /docs  (Ctrl-C stops it)\n")
+    sys.stdout.flush()
+    settings = uvicorn.Config(
+        "assay_services.__main__:application",
+        factory=True,
+        workers=service.workers,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+        ssl_certfile=service.tls_certificate or None,
+        ssl_keyfile=service.tls_key or None,
+    )
+    try:
+        if service.workers > 1:
+            # Starts a worker again that has ended; all of them accept from one socket, so none that waits is lost.
+            Multiprocess(settings, sockets=[listener]).run()
+        else:
+            uvicorn.Server(settings).run(sockets=[listener])
+    except KeyboardInterrupt:
+        return
+
+
+def application() -> Any:
+    """The application of this process, with the settings that `assay serve` was called with."""
+    import torch
 
     from assay_services.app import create_app, make_dependencies
 
+    _log_to_stderr()
     torch.set_num_threads(1)
-    app = create_app(make_dependencies(config, fraud=call.fraud, recommend=call.recommend))
-    sys.stdout.write(f"Assay answers on http://{service.host}:{port}  docs: /docs  (Ctrl-C stops it)\n")
-    sys.stdout.flush()
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False)
-    )
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        return
+    fraud, recommend = json.loads(os.environ.get(_SERVED, "[null, null]"))
+    return create_app(make_dependencies(load_config(), fraud=fraud, recommend=recommend))
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "mlflow", "alembic", "feast"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -4,6 +4,7 @@ Scores and lists take the fast path: body → queue → one call for all that wa
 """
 
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,9 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from assay_features.feast.repository import FeatureRepository
+from assay_features.stream import StreamSettings
 from assay_platform.config import Config
 from assay_platform.errors import DataError
-from assay_platform.monitoring.metrics import ServiceMetrics
+from assay_platform.monitoring.metrics import ServiceMetrics, render
 from assay_platform.storage.tiered import TieredStore
 from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
 from assay_platform.tracking.records import DecisionRecords
@@ -48,6 +50,7 @@ from assay_services.schemas import (
     Problem,
     RecommendResponse,
 )
+from assay_services.siblings import HandOver, Siblings, merged
 
 _PROBLEMS: dict[int | str, dict[str, object]] = {
     code: {"model": Problem, "description": text}
@@ -64,6 +67,8 @@ _PROBLEMS: dict[int | str, dict[str, object]] = {
 
 _MAX_COUNTERFACTUALS = 10
 _TIMEOUT = "x-timeout-ms"
+# What one process writes the others read within this.
+_STREAM = StreamSettings(checkpoint_s=0.25)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Dependencies:
     fraud: Slot[FraudScorer]
     recommend: Slot[ItemRecommender]
     follower: Follower
+    siblings: Siblings
     scores: Batcher[ScoreJob, list[FraudScore]]
     lists: Batcher[ListJob, RecommendResponse]
     close_stores: Callable[[], None] = lambda: None
@@ -85,6 +91,7 @@ class Dependencies:
         self.scores.close()
         self.lists.close()
         self.close_stores()
+        self.siblings.stop()
 
 
 @dataclass
@@ -92,12 +99,13 @@ class _Repositories:
     """Feature repositories, one a model name, shared by its versions: one connection, one lock."""
 
     root: Path
+    may_write: Callable[[], bool]
     _open: dict[str, FeatureRepository] = field(default_factory=dict)
     _records: dict[str, DecisionRecords] = field(default_factory=dict)
 
     def get(self, name: str) -> FeatureRepository:
         if name not in self._open:
-            self._open[name] = FeatureRepository(self.root / name)
+            self._open[name] = FeatureRepository(self.root / name, stream=_STREAM, may_write=self.may_write)
         return self._open[name]
 
     def records(self, name: str) -> DecisionRecords:
@@ -105,6 +113,12 @@ class _Repositories:
         if name not in self._records:
             self._records[name] = DecisionRecords(self.root / name / "records")
         return self._records[name]
+
+    def take_over(self) -> None:
+        """Recover what a process that wrote the features has left, if this one writes now."""
+        if self.may_write():
+            for repository in list(self._open.values()):
+                repository.take_over()
 
     def tiers(self) -> dict[str, TieredStore]:
         """The tiers of those in use."""
@@ -121,7 +135,8 @@ class _Repositories:
 def make_dependencies(config: Config, *, fraud: str | None = None, recommend: str | None = None) -> Dependencies:
     """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion."""
     metrics = ServiceMetrics()
-    repositories = _Repositories(config.paths.feature_repositories)
+    siblings = Siblings(config.paths.home)
+    repositories = _Repositories(config.paths.feature_repositories, siblings.is_writer)
     metrics.watch_tiers(repositories.tiers)
     metrics.watch_tasks(config.paths.tasks)
     service, audit = config.service, AuditLog(config.paths.audit_log)
@@ -159,18 +174,30 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
     )
     slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
     metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
+
+    def each_time() -> None:
+        repositories.take_over()
+        if recommend_slot.current is not None:
+            recommend_slot.current.model.catch_up()
+
     follower = Follower(
-        lambda: ModelRegistry(config.tracking_uri, audit), [fraud_slot, recommend_slot], poll_s=service.poll_registry_s
+        lambda: ModelRegistry(config.tracking_uri, audit),
+        [fraud_slot, recommend_slot],
+        poll_s=service.poll_registry_s,
+        each_time=each_time,
     )
     keys = KeyStore(config.paths.api_keys)
-    return Dependencies(config, keys, metrics, fraud_slot, recommend_slot, follower, scores, lists, repositories.close)
+    return Dependencies(
+        config, keys, metrics, fraud_slot, recommend_slot, follower, siblings, scores, lists, repositories.close
+    )
 
 
 def create_app(deps: Dependencies) -> FastAPI:
     """Build the application; the follower runs from its start-up to its shutdown."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        deps.siblings.start(app)
         deps.follower.start()
         yield
         deps.follower.stop()
@@ -192,6 +219,7 @@ def create_app(deps: Dependencies) -> FastAPI:
                 max_requests_per_s=service.max_requests_per_s,
             ),
             Middleware(Idempotency),
+            Middleware(HandOver, siblings=deps.siblings),
         ],
     )
     install(app)
@@ -336,9 +364,13 @@ def create_app(deps: Dependencies) -> FastAPI:
         return {"status": "ready"}
 
     @app.get("/metrics")
-    def metrics() -> Response:
-        """For Prometheus."""
-        return Response(deps.metrics.render(), media_type="text/plain; version=0.0.4")
+    def metrics(own: str | None = None) -> Response:
+        """For Prometheus, of all processes that serve this home folder. own: of this process alone."""
+        others = {} if own is not None else deps.siblings.others_metrics()
+        text = deps.metrics.render()
+        if others:
+            text = render(merged(deps.metrics.registry.collect(), others, str(os.getpid())))
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     return app
 

@@ -4,7 +4,8 @@ A call costs milliseconds before its first row, so whatever comes in while one r
 for company: an idle scorer takes a single request as it is.
 
 How many rows a batch has follows from what calls of its shape were measured to take: as many as fit into `max_batch_s`,
-so those who come next wait no longer than that for it to end. A shape is whatever makes calls alike (with reasons or
+so those who come next wait no longer than that for it to end, but never so few that most of the time goes into what a
+call costs before its first row. A shape is whatever makes calls alike (with reasons or
 without); the shape whose oldest request has waited longest comes next.
 
 Load is shed before latency collapses: a request that would wait longer than `max_wait_s`, or than it says that it can,
@@ -50,7 +51,7 @@ class DeadlinePassedError(Exception):
 class BatchLimits:
     """max_batch_s: what one batch may take. max_wait_s: who would wait longer is refused. max_waiting: requests."""
 
-    max_batch_s: float = 0.02
+    max_batch_s: float = 0.05
     max_wait_s: float = 0.25
     max_waiting: int = 4096
 
@@ -96,8 +97,8 @@ class CallCost:
         return self.fixed_s + self.a_row_s * rows if self.is_known else 0.0
 
     def rows_within(self, seconds: float) -> int:
-        """How many rows fit, at least one, and at most a few times what was ever seen."""
-        fitting = int((seconds - self.fixed_s) / self.a_row_s)
+        """How many rows fit, or are worth a call, at least one, and at most a few times what was ever seen."""
+        fitting = int(max(seconds - self.fixed_s, self.fixed_s) / self.a_row_s)
         return max(1, min(fitting, _GROWTH * max(1, self._largest)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from assay_features.accounts import AccountStream, columns_read
-from assay_features.definitions import FeaturePlan
+from assay_features.definitions import Entity, FeaturePlan
 from assay_features.events import Events, canonical_key, events_from_records, timestamp_us
 from assay_features.feast.repository import FeatureRepository
 from assay_features.reports import plan_parts
@@ -144,8 +144,10 @@ class FraudScorer:
         if self._accounts is not None:
             events = self._accounts.assign(events, apart)
         history: dict[str, Any] = {}
+        key_of: dict[Entity, list[str | None]] = {}
         for part, stream in self._streams:
-            keys = {entity: list(entity_keys(entity, events)) for entity in part.entities}
+            key_of |= {entity: list(entity_keys(entity, events)) for entity in part.entities if entity not in key_of}
+            keys = {entity: key_of[entity] for entity in part.entities}
             history |= stream.read(keys, events.time_us).values
         columns = model_columns(self.plan, events, history, self._tables)
         rows = self._model.encode(columns)

@@ -283,9 +283,16 @@ class Slot(Generic[Model]):
 class Follower:
     """A thread that keeps slots up to date until stopped."""
 
-    def __init__(self, registry: Callable[[], ModelRegistry], slots: Sequence[Slot[Any]], *, poll_s: float) -> None:
-        """registry: opened in the thread, since MLflow takes seconds to import."""
-        self._open, self._slots, self._poll_s = registry, slots, poll_s
+    def __init__(
+        self,
+        registry: Callable[[], ModelRegistry],
+        slots: Sequence[Slot[Any]],
+        *,
+        poll_s: float,
+        each_time: Callable[[], None] = lambda: None,
+    ) -> None:
+        """registry: opened in the thread, since MLflow takes seconds to import. each_time: what else is looked at."""
+        self._open, self._slots, self._poll_s, self._each_time = registry, slots, poll_s, each_time
         self._stop, self._wake = threading.Event(), threading.Event()
         self.first_look = threading.Event()
         self._thread = threading.Thread(target=self._run, name="assay-follower", daemon=True)
@@ -307,6 +314,10 @@ class Follower:
     def _run(self) -> None:
         registry: ModelRegistry | None = None
         while not self._stop.is_set():
+            try:
+                self._each_time()
+            except Exception:  # noqa: BLE001 - a store that is away for a while must not end the thread
+                _log.exception("what other processes have written could not be read; trying again")
             try:
                 registry = registry or self._open()
                 for slot in self._slots:

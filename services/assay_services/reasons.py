@@ -20,6 +20,7 @@ from assay_features.definitions import (
     duration_name,
     entity_columns,
 )
+from assay_features.events import KEY_SEPARATOR
 from assay_features.rules import Rule
 from numpy.typing import NDArray
 
@@ -54,6 +55,8 @@ class ReasonWriter:
         self._names = tuple(dict.fromkeys(shown))
         self._place_G = np.array([self._names.index(name) for name in shown], dtype=np.intp)
         self._definitions = {d.name: d for d in plan.definitions}
+        self._usual_text = {n: self._said_of_usual(n, usual) for n, usual in self._usual.items() if usual is not None}
+        self._say = {name: self._sayer(name) for name in self._names}
         self._value_of = {embedding.name: embedding.column for embedding in plan.embeddings}
         self._rings = {
             (d.entity, d.length_s): d
@@ -93,44 +96,49 @@ class ReasonWriter:
         return [*reasons, Reason(feature=OTHERS, value=None, contribution=rest, text=text)]
 
     def _text(self, name: str, value: float | str | None, share: float, known: Known) -> str:
+        usual = self._usual.get(name)
+        compared = "" if usual is None or usual == value else self._usual_text[name]
+        return f"{self._say[name](value, known)}{compared}; this {_effect(share)}"
+
+    def _sayer(self, name: str) -> Callable[[float | str | None, Known], str]:
+        """What says a feature's value in words. What is the same for all rows is put together once."""
         definition = self._definitions.get(name)
-        shown = _shown(value)
+        where = getattr(definition, "where", None)
+        end = "" if where is None else f" (where {where.name.replace('_', ' ')})"
         if isinstance(definition, Window):
             span = f"in the last {duration_name(definition.length_s)}"
             of = f"of {definition.column} " if definition.column else ""
-            body = f"{shown} {_AGGREGATES[definition.aggregate]} {of}for this {_who(definition.entity)} {span}"
-        elif isinstance(definition, Decay):
-            what = definition.column or "activity"
-            half_life = duration_name(definition.half_life_s)
-            body = f"recent {what} of this {_who(definition.entity)} is {shown} (half-life {half_life})"
+            end = f" {_AGGREGATES[definition.aggregate]} {of}for this {_who(definition.entity)} {span}{end}"
+            return lambda value, _: f"{_shown(value)}{end}"
+        if isinstance(definition, Decay):
+            begin = f"recent {definition.column or 'activity'} of this {_who(definition.entity)} is "
+            end = f" (half-life {duration_name(definition.half_life_s)}){end}"
         elif isinstance(definition, SinceLatest):
-            seen = "never seen before" if value is None else f"last seen {_ago(float(value))} ago"
-            body = f"this {_who(definition.entity)} was {seen}"
+            who = f"this {_who(definition.entity)} was"
+            return lambda value, _: (
+                f"{who} never seen before{end}" if value is None else f"{who} last seen {_ago(float(value))} ago{end}"
+            )
         elif isinstance(definition, Latest):
-            body = f"{definition.column} of this {_who(definition.entity)} was {shown} the time before"
+            begin, end = f"{definition.column} of this {_who(definition.entity)} was ", f" the time before{end}"
         elif isinstance(definition, Calendar):
-            body = f"the {definition.part} is {shown}"
+            begin = f"the {definition.part} is "
         elif isinstance(definition, Cross):
-            body = f"{' with '.join(definition.columns)} is {shown.replace(chr(31), ' with ')}"
+            begin = f"{' with '.join(definition.columns)} is "
+            return lambda value, _: f"{begin}{_shown(value).replace(KEY_SEPARATOR, ' with ')}{end}"
         elif isinstance(definition, Embedding):
-            body = f"{definition.column} is {shown}, by what was learned of it"
+            begin, end = f"{definition.column} is ", f", by what was learned of it{end}"
         elif isinstance(definition, Ratio):
-            body = self._ratio(definition, value, shown, known)
+            ratio = definition
+            return lambda value, known: f"{self._ratio(ratio, value, _shown(value), known)}{end}"
         else:
-            body = f"{name} is {shown}"
-        where = getattr(definition, "where", None)
-        if where is not None:
-            body += f" (where {where.name.replace('_', ' ')})"
-        return f"{body}{self._compared(name, value)}; this {_effect(share)}"
+            begin = f"{name} is "
+        return lambda value, _: f"{begin}{_shown(value)}{end}"
 
-    def _compared(self, name: str, value: float | str | None) -> str:
-        usual = self._usual.get(name)
-        if usual is None or usual == value:
-            return ""
+    def _said_of_usual(self, name: str, usual: float | str) -> str:
         definition = self._definitions.get(name)
         if isinstance(definition, Ratio) and definition.less is not None and not isinstance(usual, str):
             return f", usual is {100 * usual:.3g} %"
-        return f", usual is {_shown(usual)}".replace(chr(31), " with ")
+        return f", usual is {_shown(usual)}".replace(KEY_SEPARATOR, " with ")
 
     def _ratio(self, ratio: Ratio, value: float | str | None, shown: str, known: Known) -> str:
         frauds = self._definitions.get(ratio.numerator)

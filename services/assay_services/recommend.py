@@ -25,19 +25,22 @@ from assay_services.new_items import SharedLines, parse_items
 from assay_services.rehearsal import Answer
 from assay_services.schemas import ModelRef, RecommendedItem, Record
 
+# Catching up takes a twentieth of the time at most.
+_CATCH_UP_PAUSE = 20
 _NOTHING: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 class ItemFeatures:
     """Features of items from their states in the store, held in memory and folded anew when an event came in.
 
-    Events that reach this process show at once; those that reach another process show when the model is loaded again.
+    Events that reach this process show at once; those that another process has written show after `catch_up`.
     """
 
     def __init__(
         self, plan: FeaturePlan, item_column: str, items: tuple[str, ...], repository: FeatureRepository
     ) -> None:
-        self._plan, self._entity = plan, item_column
+        self._plan, self._entity, self._repository = plan, item_column, repository
+        self._seen_commit, self._not_before = repository.tiers.last_commit, 0.0
         self._online = repository.online(plan)
         self._decay = next(
             (i for i, d in enumerate(plan.of_entity(item_column)) if isinstance(d, Decay) and d.column is None),
@@ -53,6 +56,21 @@ class ItemFeatures:
     def newest_us(self) -> int:
         """The time of the newest event known."""
         return self._newest_us
+
+    def catch_up(self) -> None:
+        """Take in what another process has written since; often called, seldom done where there are many items."""
+        commit, began = self._repository.tiers.last_commit, time.monotonic()
+        if self._repository.writes or commit == self._seen_commit or began < self._not_before:
+            return
+        with self._lock:
+            items = list(self._row)
+        states = self._online.states(self._entity, items)
+        with self._lock:
+            self._states[: len(states)] = states
+            self._newest_us = max(self._newest_us, int(last_times(states).max(initial=0)))
+            self._popularity = None
+        self._seen_commit = commit
+        self._not_before = time.monotonic() + _CATCH_UP_PAUSE * (time.monotonic() - began)
 
     def extend(self, items: list[str]) -> None:
         """With more items behind those there."""
@@ -241,6 +259,11 @@ class ItemRecommender:
             self._read = end
 
     id_column = "id"
+
+    def catch_up(self) -> None:
+        """Take in what other processes have written."""
+        self._features.catch_up()
+        self._grow()
 
     def parse_events(self, records: list[Record]) -> Events:
         """Events with what features need of them."""

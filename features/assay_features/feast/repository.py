@@ -11,7 +11,7 @@ keeps a model with the definitions it was trained on.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from threading import RLock
@@ -44,14 +44,20 @@ class FeatureRepository:
     """Feast objects, files and stores of one model name. Thread-safe."""
 
     def __init__(
-        self, folder: Path, *, online: Mapping[str, Any] | None = None, stream: StreamSettings | None = None
+        self,
+        folder: Path,
+        *,
+        online: Mapping[str, Any] | None = None,
+        stream: StreamSettings | None = None,
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         """folder: where `feature_store.yaml`, registry, online store and Parquet files live; named as the model.
 
-        online: further settings of the online store, such as `cold` or `valkey`; kept in the file.
+        online: further settings of the online store, such as `cold` or `valkey`; kept in the file. may_write: see
+        `EventStream`.
         """
         self.folder = folder
-        self._stream_settings = stream or StreamSettings()
+        self._stream_settings, self._may_write = stream or StreamSettings(), may_write
         self._lock = RLock()
         self._streams: dict[str, EventStream] = {}
         file = folder / "feature_store.yaml"
@@ -69,6 +75,11 @@ class FeatureRepository:
             write_bytes(file, text.encode())
         self.store = FeatureStore(repo_path=str(folder))
         self.project: str = self.store.project
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the streams."""
+        return self._may_write()
 
     @property
     def tiers(self) -> TieredStore:
@@ -180,8 +191,16 @@ class FeatureRepository:
         with self._lock:
             if plan.version not in self._streams:
                 folder = self.folder / "log" / plan.version
-                self._streams[plan.version] = EventStream(self.project, plan, self.tiers, folder, self._stream_settings)
+                self._streams[plan.version] = EventStream(
+                    self.project, plan, self.tiers, folder, self._stream_settings, may_write=self._may_write
+                )
             return self._streams[plan.version]
+
+    def take_over(self) -> None:
+        """Recover what a process has left that wrote the streams, if it has gone and this one may write."""
+        with self._lock:
+            for stream in self._streams.values():
+                stream.take_over()
 
     def embedding_tables(self, plan: FeaturePlan) -> dict[str, EmbeddingTable]:
         """The trained tables of a plan's embeddings, by digest; see `load_tables`."""

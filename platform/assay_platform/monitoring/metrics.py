@@ -1,7 +1,7 @@
 """Prometheus metrics of one scoring process. Every instance has a registry of its own, so tests do not collide."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +111,23 @@ class ServiceMetrics:
     def render(self) -> bytes:
         """The text that a Prometheus server scrapes."""
         return generate_latest(self.registry)
+
+
+def render(families: Iterable[Metric]) -> bytes:
+    """The text that a Prometheus server scrapes, of families from wherever."""
+    registry = CollectorRegistry()
+    registry.register(_Held(list(families)))
+    return generate_latest(registry)
+
+
+class _Held(Collector):
+    """Families as they are."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
 
 
 class _QueueCollector(Collector):

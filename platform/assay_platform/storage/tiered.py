@@ -137,6 +137,11 @@ class TieredStore:
         sizes = {"hot": self._hot.size_bytes, "warm": self._warm.size_bytes}
         return sizes if self._cold is None else {**sizes, "cold": self._cold.size_bytes}
 
+    @property
+    def last_commit(self) -> int:
+        """A number that grows with every batch that any process writes to warm."""
+        return self._warm.last_commit
+
     # ------------------------------------------------------------------ reading
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:

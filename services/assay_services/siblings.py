@@ -1,0 +1,193 @@
+"""Several processes that serve one home folder: one of them writes, all of them are counted.
+
+Features have one writer (`EventStream`). The process that holds `writer.lock` is it; the others hand events and labels
+over to it and read what it has written within a moment. When it ends, however it ends, the system gives the lock free,
+and whoever notices first takes over: states that it had in memory are made again from the log.
+
+Every process also listens on a Unix socket of its own, in a folder that this user alone can open; requests that come in
+there are checked like all others.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import uvicorn
+from assay_platform.errors import StorageError
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from assay_services.problems import MEDIA_TYPE, problem_bytes
+
+_WRITES = ("/v1/events", "/v1/labels")
+_PASSED_ON = (b"content-type", b"x-api-key", b"authorization", b"idempotency-key", b"x-request-id")
+_TRY_LOCK_S, _PATIENCE_S, _PAUSE_S = 0.2, 5.0, 0.05
+_OWN = "/metrics?own"
+_log = logging.getLogger("assay.service")
+
+
+class Siblings:
+    """The processes of one home folder on this machine. Thread-safe."""
+
+    def __init__(self, home: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._home, self._clock = home, clock
+        name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
+        # Paths of sockets are short, and home folders need not be.
+        self._folder = Path(tempfile.gettempdir()) / f"assay-{os.getuid()}-{name}"
+        self._socket = self._folder / f"{os.getpid()}.sock"
+        self._mutex = threading.Lock()
+        self._lock: IO[str] | None = None
+        self._tried_at = -_TRY_LOCK_S
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def is_writer(self) -> bool:
+        """Whether this process writes; it does from now on if nobody else does."""
+        with self._mutex:
+            now = self._clock()
+            if self._lock is None and now - self._tried_at >= _TRY_LOCK_S:
+                self._tried_at = now
+                self._home.mkdir(parents=True, exist_ok=True)
+                lock = (self._home / "writer.lock").open("a+")
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock.close()
+                    return False
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
+                self._lock = lock
+                _log.info("this process writes events from now on")
+            return self._lock is not None
+
+    def start(self, app: Any) -> None:
+        """Listen to the others.
+
+        Raises:
+            StorageError: the folder of sockets belongs to somebody else.
+        """
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        if self._folder.stat().st_uid != os.getuid() or self._folder.stat().st_mode & 0o077:
+            raise StorageError(f"{self._folder}: is not this user's alone; remove it")
+        self._socket.unlink(missing_ok=True)
+        config = uvicorn.Config(app, uds=str(self._socket), lifespan="off", log_level="warning", access_log=False)
+        self._server = uvicorn.Server(config)
+        # In a thread of its own: uvicorn leaves signals alone there.
+        self._thread = threading.Thread(target=self._server.run, name="assay-siblings", daemon=True)
+        self._thread.start()
+        self.is_writer()
+
+    def stop(self) -> None:
+        """Stop listening, and let another process write. Safe to repeat."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(timeout=15)
+            self._socket.unlink(missing_ok=True)
+            self._server = None
+        with self._mutex:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    async def hand_over(self, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> httpx.Response | None:
+        """The writer's answer; None if this process writes now. 503 if the writer went while it was answering."""
+        until = self._clock() + _PATIENCE_S
+        while not self.is_writer():
+            socket = self._folder / f"{self._writer()}.sock"
+            try:
+                async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(socket))) as client:
+                    return await client.post(f"http://writer{path}", content=body, headers=headers, timeout=60.0)
+            except httpx.ConnectError:
+                if self._clock() > until:
+                    break
+                await asyncio.sleep(_PAUSE_S)
+            except httpx.TransportError:
+                break
+        else:
+            return None
+        detail = "the process that writes events has gone; send the same again"
+        return httpx.Response(503, content=problem_bytes(503, detail), headers={
+            "content-type": MEDIA_TYPE, "retry-after": "1"})  # fmt: skip
+
+    def others_metrics(self) -> dict[str, list[Metric]]:
+        """What the other processes count, by process id."""
+        found: dict[str, list[Metric]] = {}
+        for socket in self._folder.glob("*.sock"):
+            if socket == self._socket:
+                continue
+            try:
+                with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=5.0) as client:
+                    text = client.get(f"http://sibling{_OWN}").text
+            except httpx.ConnectError:
+                socket.unlink(missing_ok=True)  # of a process that was killed
+                continue
+            except httpx.TransportError:
+                continue
+            found[socket.stem] = list(text_string_to_metric_families(text))
+        return found
+
+    def _writer(self) -> str:
+        try:
+            return (self._home / "writer.lock").read_text() or "nobody"
+        except OSError:
+            return "nobody"
+
+
+class HandOver:
+    """ASGI middleware: what writes is answered by the process that writes."""
+
+    def __init__(self, app: Any, *, siblings: Siblings) -> None:
+        self._app, self._siblings = app, siblings
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Handle one connection."""
+        writes = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in _WRITES
+        if not writes or self._siblings.is_writer():
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        headers = [(name, value) for name, value in scope["headers"] if name in _PASSED_ON]
+        answer = await self._siblings.hand_over(scope["path"], headers, body)
+        if answer is not None:
+            passed = [
+                (k.lower().encode(), v.encode()) for k, v in answer.headers.items() if k.lower() != "x-request-id"
+            ]
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": passed})
+            await send({"type": "http.response.body", "body": answer.content})
+            return
+        given = False
+
+        async def again() -> Any:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, again, send)
+
+
+def merged(own: Iterable[Metric], others: dict[str, list[Metric]], own_name: str) -> list[Metric]:
+    """Families of all processes, each sample with the process that counts it as `worker`."""
+    families: dict[str, Metric] = {}
+    for worker, metrics in {own_name: own, **others}.items():
+        for metric in metrics:
+            family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            for sample in metric.samples:
+                family.add_sample(sample.name, {**sample.labels, "worker": worker}, sample.value)
+    return list(families.values())
