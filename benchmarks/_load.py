@@ -9,7 +9,7 @@ import asyncio
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -100,7 +100,7 @@ async def closed_loop(
 
 
 async def open_loop(
-    port: int, requests: Sequence[bytes], times_s: Sequence[float], *, most_connections: int = 512, keep: bool = False
+    port: int, requests: Sequence[bytes], times_s: Iterable[float], *, most_connections: int = 512, keep: bool = False
 ) -> Told:
     """Requests begin at these times; one that finds no connection free gets a new one, up to a limit."""
     told, source = Told(), cycle(requests)

@@ -80,8 +80,10 @@ def serve_bento(port: int, model: str) -> None:
 
 
 def serve_ray(port: int, model: str) -> None:
-    """Until it is ended."""
+    """Until it is ended; SIGUSR1 deploys it again with another `user_config`."""
+    import itertools
     import signal
+    import threading
 
     from assay_platform.tasks.cluster import ray_cluster
 
@@ -98,6 +100,15 @@ def serve_ray(port: int, model: str) -> None:
                 from _serving_peers import scorer
 
                 self.scorer = scorer(model)
+                self.number = 0
+
+            def reconfigure(self, config: dict[str, int]) -> None:
+                """As Ray Serve has it: a new version comes with `user_config`."""
+                from _serving_peers import scorer
+
+                if config["number"] != self.number:
+                    self.scorer = scorer(model)
+                    self.number = config["number"]
 
             @serve.batch(max_batch_size=MOST_TOGETHER, batch_wait_timeout_s=0.0)
             async def score(self, events: list[Any]) -> list[Any]:
@@ -111,8 +122,12 @@ def serve_ray(port: int, model: str) -> None:
 
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         deployed: Any = Fraud
-        serve.run(deployed.bind(), name="peer")
-        signal.pause()
+        swap = threading.Event()
+        signal.signal(signal.SIGUSR1, lambda *_: swap.set())
+        for number in itertools.count():
+            serve.run(deployed.options(user_config={"number": number}).bind(), name="peer")
+            swap.wait()
+            swap.clear()
 
 
 def serve_glued(port: int, _model: str) -> None:

@@ -55,7 +55,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], port: int, probe: bytes, path: str, log: Path) -> Iterator[None]:
+def running(command: list[str], port: int, probe: bytes, path: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A server process until the block ends; it answers a first request before the block begins."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
@@ -72,7 +72,7 @@ def running(command: list[str], port: int, probe: bytes, path: str, log: Path) -
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"{command}: {error}\n{log.read_text()[-3000:]}") from error
                 time.sleep(0.5)
-        yield
+        yield process
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:

@@ -25,6 +25,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.middleware import Middleware
 
 from assay_services import bodies
+from assay_services.admin import admin_routes
 from assay_services.answering import ListJob, ScoreJob, answered, make_lists, score_jobs
 from assay_services.auth import KeyStore
 from assay_services.batching import Batcher, BatchLimits
@@ -82,6 +83,7 @@ class Dependencies:
     recommend: Slot[ItemRecommender]
     follower: Follower
     siblings: Siblings
+    audit: AuditLog
     scores: Batcher[ScoreJob, list[FraudScore]]
     lists: Batcher[ListJob, RecommendResponse]
     close_stores: Callable[[], None] = lambda: None
@@ -188,7 +190,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
     )
     keys = KeyStore(config.paths.api_keys)
     return Dependencies(
-        config, keys, metrics, fraud_slot, recommend_slot, follower, siblings, scores, lists, repositories.close
+        config, keys, metrics, fraud_slot, recommend_slot, follower, siblings, audit, scores, lists, repositories.close
     )
 
 
@@ -223,6 +225,7 @@ def create_app(deps: Dependencies) -> FastAPI:
         ],
     )
     install(app)
+    app.include_router(admin_routes(deps.config, deps.audit, deps.follower.look_now))
 
     def check_batch(num_events: int) -> None:
         if num_events > service.max_batch:
@@ -335,7 +338,7 @@ def create_app(deps: Dependencies) -> FastAPI:
     @app.get("/v1/models")
     def models() -> ModelsResponse:
         """What answers requests now."""
-        found = [(slot.application, slot.current) for slot in (deps.fraud, deps.recommend)]
+        found = [(s.application, s.current, s.challenger, s.refused) for s in (deps.fraud, deps.recommend)]
         return ModelsResponse(
             models=[
                 LoadedModel(
@@ -345,8 +348,12 @@ def create_app(deps: Dependencies) -> FastAPI:
                     alias=CHAMPION,
                     loaded_at=loaded.loaded_at.isoformat(timespec="seconds"),
                     feature_plan=loaded.model.plan.version,
+                    answered=loaded.outcomes.answered,
+                    failed=loaded.outcomes.failed,
+                    challenger=None if challenger is None else challenger.version,
+                    refused=refused,
                 )
-                for application, loaded in found
+                for application, loaded, challenger, refused in found
                 if loaded is not None
             ]
         )

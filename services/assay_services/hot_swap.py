@@ -32,6 +32,7 @@ from assay_platform.tracking import CHALLENGER, CHAMPION, AuditLog, ModelRegistr
 
 from assay_services.problems import ProblemError
 from assay_services.rehearsal import Evidence, Rehearsed, rehearse
+from assay_services.schemas import Refused
 
 Model = TypeVar("Model", bound=Rehearsed)
 _log = logging.getLogger("assay.service")
@@ -103,7 +104,7 @@ class Slot(Generic[Model]):
         self._challenger: Loaded[Model] | None = None
         self._watched: _Watched[Model] | None = None
         self._failed: dict[str, tuple[int, float]] = {}  # alias → version, and when to try it again
-        self.refused: dict[str, Any] | None = None
+        self.refused: Refused | None = None
         self._recent: deque[Any] = deque(maxlen=_REHEARSED)
         self._aside: deque[Any] = deque(maxlen=_REHEARSED)
 
@@ -222,10 +223,10 @@ class Slot(Generic[Model]):
     def _refuse(self, loaded: Loaded[Model], evidence: Evidence) -> None:
         self._failed[CHAMPION] = (loaded.version, self._clock() + _REFUSED_S)
         why = "; ".join(evidence.objections)
-        if self.refused is None or self.refused["version"] != loaded.version:
+        if self.refused is None or self.refused.version != loaded.version:
             self._record("refuse", loaded, reason=why, evidence=asdict(evidence))
             _log.error("%s version %s does not answer: it %s", loaded.name, loaded.version, why)
-        self.refused = {"version": loaded.version, "reason": why}
+        self.refused = Refused(version=loaded.version, reason=why)
         self._metrics.swaps.labels(self.application, "refused").inc()
 
     def _watch(self, registry: ModelRegistry) -> None:

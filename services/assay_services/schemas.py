@@ -193,8 +193,15 @@ class DecisionRecord(BaseModel):
     label: Record | None = None
 
 
+class Refused(BaseModel):
+    """A version that the alias points to and that does not answer, and why."""
+
+    version: int
+    reason: str
+
+
 class LoadedModel(BaseModel):
-    """One model that answers requests."""
+    """One model that answers requests. answered, failed: requests, since it was loaded by the process that says so."""
 
     application: str
     name: str
@@ -202,6 +209,35 @@ class LoadedModel(BaseModel):
     alias: str
     loaded_at: str
     feature_plan: str
+    answered: int = 0
+    failed: int = 0
+    challenger: int | None = None
+    refused: Refused | None = None
+
+
+class PromoteRequest(_Body):
+    """unchecked: services take the version without a rehearsal."""
+
+    version: Annotated[int, Field(ge=1)]
+    alias: Literal["champion", "challenger"] = "champion"
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+    unchecked: bool = False
+
+
+class RollbackRequest(_Body):
+    """Why."""
+
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class AliasMoved(BaseModel):
+    """Where an alias was and is. gate: what the version was registered with."""
+
+    model: str
+    alias: str
+    from_version: int | None
+    version: int
+    gate: str
 
 
 class ModelsResponse(BaseModel):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,25 +139,33 @@ def test_the_model_loads_with_mlflow_and_pickles_refused(home: Config, fraud_rep
     assert 0 < float(model.predict(frame)[0]) < 1
 
 
-@pytest.fixture(scope="module")
-def service(home: Config, fraud_report: RunReport, recommend_report: RunReport) -> Iterator[httpx.Client]:
+@contextmanager
+def serving(home: Path, *options: str, models: int = 2) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
+    """`assay serve` until the block ends, with so many models loaded."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "ASSAY_HOME": str(home.paths.home)}
-    process = subprocess.Popen([sys.executable, "-m", "assay_services", "--port", str(port)], env=environment)
+    environment = {**os.environ, "ASSAY_HOME": str(home)}
+    command = [sys.executable, "-m", "assay_services", "--port", str(port), *options]
+    process = subprocess.Popen(command, env=environment)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         try:
-            if len(client.get("/v1/models").json()["models"]) == 2:
+            if len(client.get("/v1/models").json()["models"]) == models:
                 break
         except httpx.HTTPError:
             time.sleep(0.3)
-    yield client
+    yield client, process
     client.close()
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def service(home: Config, fraud_report: RunReport, recommend_report: RunReport) -> Iterator[httpx.Client]:
+    with serving(home.paths.home) as (client, _):
+        yield client
 
 
 def payment(files: dict[str, tuple[Path, Path]], **changes: Any) -> dict[str, Any]:
@@ -452,6 +464,93 @@ def test_promote_and_rollback_under_load_fail_no_request(
             thread.join()
     assert set(statuses) == {200}
     assert set(versions) == {1, 2}
+
+
+def test_requests_that_come_at_once_get_what_each_would_get_alone(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]]
+) -> None:
+    rows = pd.read_csv(files["fraud"][0]).tail(40).to_dict("records")
+    events = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
+    # The same card a moment later, what it has spent more by the first one's amount: as if it followed that one.
+    follows = [{**e, "datetime": e["datetime"] + 1, "spent": round(e["spent"] + e["amount"], 2)} for e in events]
+    asked: list[dict[str, Any]] = [*events, *follows, {**events[0], "amount": "much"}]
+
+    def score(event: dict[str, Any]) -> tuple[int, Any]:
+        answer = service.post("/v1/fraud/score", json={"events": [event], "explain": True})
+        return answer.status_code, answer.json().get("scores")
+
+    def batches() -> float:
+        text = service.get("/metrics").text
+        return float(text.split('assay_batch_requests_count{application="fraud"} ')[1].split()[0])
+
+    alone = [score(event) for event in asked]
+    before = batches()
+    with ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(score, asked))
+    assert batches() - before < 0.8 * len(asked), "they were not scored together, so nothing was compared"
+    assert [status for status, _ in together] == [200] * 80 + [422]
+    for (_, mine), (_, expected) in zip(together[:80], alone[:80], strict=True):
+        assert mine[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
+        assert mine[0]["decision"] == expected[0]["decision"]
+        for reason, same in zip(mine[0]["reasons"], expected[0]["reasons"], strict=True):
+            assert reason["contribution"] == pytest.approx(same["contribution"], abs=1e-4)
+
+
+def test_events_sent_again_with_their_idempotency_key_count_once(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]]
+) -> None:
+    sent = payment(files, card_id="again and again")
+    del sent["transaction_id"]
+    call = {"json": {"events": [sent, sent]}, "headers": {"Idempotency-Key": "order 17"}}
+    first = service.post("/v1/events", **call)
+    again = service.post("/v1/events", **call)
+    assert first.json()["accepted"] == {"fraud": 2}
+    assert again.content == first.content
+    assert again.headers["idempotent-replayed"] == "true"
+
+
+def test_a_worker_that_is_killed_loses_nothing_and_another_writes_on(
+    home: Config, files: dict[str, tuple[Path, Path]], fraud_report: RunReport, tmp_path: Path
+) -> None:
+    shutil.copytree(home.paths.home, tmp_path / "home")
+    with serving(tmp_path / "home", "--workers", "2", models=2) as (client, _):
+
+        def workers() -> set[str]:
+            return set(re.findall(r'worker="(\d+)"', client.get("/metrics").text))
+
+        def send(name: str) -> httpx.Response:
+            """As a caller that sends the same again when nobody answers."""
+            body = {"events": [payment(files, transaction_id=name, card_id=f"card {name}")], "application": "fraud"}
+            for _ in range(100):
+                with suppress(httpx.TransportError):
+                    answer = client.post("/v1/events", json=body, headers={"Idempotency-Key": name})
+                    if answer.status_code != 503:
+                        return answer
+                time.sleep(0.05)
+            raise AssertionError("nobody takes events")
+
+        deadline = time.monotonic() + 60
+        while len(workers()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        for i in range(20):
+            # Whichever process is asked, the one that writes has it.
+            assert send(f"before {i}").json()["accepted"] == {"fraud": 1}
+        writer = int((tmp_path / "home" / "writer.lock").read_text())
+        assert str(writer) in workers()
+        os.kill(writer, signal.SIGKILL)
+        began = time.monotonic()
+        for i in range(20):
+            assert sum(send(f"after {i}").json()["accepted"].values()) in (0, 1)
+        assert time.monotonic() - began < 10
+        assert int((tmp_path / "home" / "writer.lock").read_text()) != writer
+        for i in range(20):
+            for when in ("before", "after"):
+                body = {"events": [payment(files, transaction_id=f"{when} {i}")], "application": "fraud"}
+                assert client.post("/v1/events", json=body).json()["duplicates"] == {"fraud": [0]}, "it is in the log"
+        while len(workers()) < 2 or str(writer) in workers():
+            assert time.monotonic() < deadline + 60, "the worker was not started again"
+            time.sleep(0.5)
 
 
 def test_a_taken_port_is_said(service: httpx.Client, home: Config) -> None:

@@ -137,7 +137,7 @@ def test_a_version_that_decides_otherwise_does_not_take_over_and_the_log_says_wh
     asked(slot)
     assert move(registry, slot, 3).version == 2
     assert slot.refused is not None
-    assert slot.refused["version"] == 3
+    assert slot.refused.version == 3
     slot.refresh(registry)  # type: ignore[arg-type]
     refusals = [entry for entry in audit.entries() if entry["action"] == "refuse"]
     assert len(refusals) == 1, "said once, however often it is looked at"
@@ -158,7 +158,7 @@ def test_a_version_that_is_slow_or_takes_less_does_not_take_over(
     move(registry, slot, version)
     assert slot.require().version == 2
     assert slot.refused is not None
-    assert re.search(objection, slot.refused["reason"])
+    assert re.search(objection, slot.refused.reason)
 
 
 def test_whoever_promotes_unchecked_gets_it_at_once(registry: Aliases, audit: AuditLog) -> None:
