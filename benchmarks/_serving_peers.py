@@ -68,6 +68,8 @@ mlflow.models.set_model(Scorer())
     mlflow.pyfunc.save_model(folder / "model", python_model=str(code), pip_requirements=[])
     arguments = ["mlflow", "models", "serve", "-m", str(folder / "model"), "-p", str(port), "-h", "127.0.0.1",
                  "--env-manager", "local"]  # fmt: skip
+    # It starts uvicorn by its name.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     os.execv(sys.executable, [sys.executable, "-m", *arguments])  # noqa: S606
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import itemgetter
 from types import NoneType
 from typing import Any
 
@@ -240,8 +241,12 @@ _PLAIN_NUMBERS = frozenset({float, int, NoneType})
 
 def _plain_numbers(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> NDArray[np.float64] | None:
     """(F, N) if all values are finite numbers or None, which is what they nearly always are."""
+    if not names:
+        return np.empty((0, len(records)))
+    # itemgetter of one name gives no tuple.
+    pick = itemgetter(*names) if len(names) > 1 else lambda record: (record[names[0]],)
     try:
-        rows = [[record[name] for name in names] for record in records]
+        rows = list(map(pick, records))
         if not all(_PLAIN_NUMBERS.issuperset(map(type, row)) for row in rows):
             return None
         matrix_NF = np.array(rows, dtype=np.float64).reshape(len(rows), len(names))

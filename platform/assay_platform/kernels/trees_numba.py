@@ -16,10 +16,10 @@ a hybrid reaches are visited, so a row costs about as many leaves as it differs 
 # N rows, F columns, T trees, M nodes of all trees, D depth
 
 import numpy as np
-from numba import njit, prange
+from numba import config, njit, prange
 
 _DEPTH = 128
-_EXPLAINED = 32  # rows that go through a tree while it is at hand
+_EXPLAINED = 32
 # Rows that splits are applied to at once. Fewer, and the compiler unrolls the loop instead of vectorising it.
 _BLOCK = 64
 WORD = 32  # leaves whose bits are in one word
@@ -48,6 +48,14 @@ def _worth(row, at, nodes):
 
 # Clears bits of a word; a split whose leaves are in several words comes as often.
 SPLIT = np.dtype([("keep", "u4"), ("column", "u4"), ("word", "u4"), ("nan_left", "u4")])
+
+
+@njit(nogil=True, cache=True)
+def nexts_of(row, nodes, out):
+    """out (M,): where a row goes from each node, whether it comes there or not."""
+    for at in range(len(nodes)):
+        if nodes[at].column >= 0:
+            out[at] = _next(nodes[at], row[nodes[at].column])
 
 
 @njit(nogil=True, cache=True)
@@ -125,7 +133,7 @@ def score_one_by_one(rows, roots, nodes, out):
 
 
 @njit(nogil=True, cache=True)
-def _explain_tree(row, reference, root, nodes, weight, path, taken, out):
+def _explain_tree(row, next_of_reference, root, nodes, weight, path, taken, out):
     """weight (D, D): weight[a, b] = (a - 1)! b! / (a + b)!. path (3, D): scratch. taken (F,): zeros, restored."""
     columns, others, from_row = path[0], path[1], path[2]
     at, length, a, b = root, 0, 0, 0
@@ -135,9 +143,9 @@ def _explain_tree(row, reference, root, nodes, weight, path, taken, out):
             if taken[c] == 1:
                 at = _next(nodes[at], row[c])
             elif taken[c] == 2:
-                at = _next(nodes[at], reference[c])
+                at = next_of_reference[at]
             else:
-                of_row, of_reference = _next(nodes[at], row[c]), _next(nodes[at], reference[c])
+                of_row, of_reference = _next(nodes[at], row[c]), next_of_reference[at]
                 at = of_row
                 if of_row != of_reference:
                     columns[length], others[length], from_row[length] = c, of_reference, 1
@@ -161,20 +169,27 @@ def _explain_tree(row, reference, root, nodes, weight, path, taken, out):
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def explain_trees(rows, reference, roots, nodes, weight, out):
-    """out (N, F), zeros before: Shapley values that add up to f(row) - f(reference)."""
-    for block in prange((len(rows) + _EXPLAINED - 1) // _EXPLAINED):
-        first = block * _EXPLAINED
+def explain_trees(rows, next_of_reference, roots, nodes, weight, size, out):
+    """out (N, F), zeros before: Shapley values that add up to f(row) - f(reference). next_of_reference (M,): where the
+    reference goes from each node. size: rows that go through a tree while it is at hand.
+    """
+    for block in prange((len(rows) + size - 1) // size):
+        first = block * size
         path, taken = np.empty((3, _DEPTH), dtype=np.int32), np.zeros(rows.shape[1], dtype=np.int8)
         for root in roots:
-            for n in range(first, min(first + _EXPLAINED, len(rows))):
-                _explain_tree(rows[n], reference, root, nodes, weight, path, taken, out[n])
+            for n in range(first, min(first + size, len(rows))):
+                _explain_tree(rows[n], next_of_reference, root, nodes, weight, path, taken, out[n])
+
+
+def block_size(num_rows):
+    """As many blocks as threads, and none so large that a tree is gone from the cache before its last row."""
+    return max(1, min(_EXPLAINED, -(-num_rows // config.NUMBA_NUM_THREADS)))
 
 
 @njit(nogil=True, cache=True)
-def explain_one_by_one(rows, reference, roots, nodes, weight, out):
+def explain_one_by_one(rows, next_of_reference, roots, nodes, weight, out):
     """The same on the calling thread."""
     path, taken = np.empty((3, _DEPTH), dtype=np.int32), np.zeros(rows.shape[1], dtype=np.int8)
     for root in roots:
         for n in range(len(rows)):
-            _explain_tree(rows[n], reference, root, nodes, weight, path, taken, out[n])
+            _explain_tree(rows[n], next_of_reference, root, nodes, weight, path, taken, out[n])

@@ -7,7 +7,7 @@ are numbers here, categories their rank by frequency), objectives with more than
 # N rows, F columns, T trees, M nodes of all trees, D depth
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class TreeEnsemble:
     left: NDArray[np.int32]  # (M,)
     right: NDArray[np.int32]  # (M,)
     value: NDArray[np.float64]  # (M,) of a leaf
+    _known_reference: "_Reference | None" = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.roots)
@@ -89,13 +90,20 @@ class TreeEnsemble:
         from assay_platform.kernels import trees_numba
 
         rows = np.ascontiguousarray(rows_NF)
+        known = self._known_reference
         reference = np.ascontiguousarray(reference_F, dtype=rows.dtype)
+        if known is None or not np.array_equal(known.row, reference, equal_nan=True):
+            nexts = np.zeros(len(self.column), dtype=np.int32)
+            trees_numba.nexts_of(reference, self._nodes, nexts)
+            known = _Reference(reference.copy(), nexts, float(self.logits(reference[None])[0]))
+            object.__setattr__(self, "_known_reference", known)
         out = np.zeros((len(rows), self.num_columns))
-        if len(rows) <= _FEW_ROWS:
-            trees_numba.explain_one_by_one(rows, reference, self.roots, self._nodes, _WEIGHT, out)
+        if len(rows) <= 1:
+            trees_numba.explain_one_by_one(rows, known.nexts, self.roots, self._nodes, _WEIGHT, out)
         else:
-            _on_all_cores(trees_numba.explain_trees, rows, reference, self.roots, self._nodes, _WEIGHT, out)
-        return out, float(self.logits(reference[None])[0])
+            size = trees_numba.block_size(len(rows))
+            _on_all_cores(trees_numba.explain_trees, rows, known.nexts, self.roots, self._nodes, _WEIGHT, size, out)
+        return out, known.logit
 
     @cached_property
     def _nodes(self) -> NDArray[Any]:
@@ -174,6 +182,14 @@ class TreeEnsemble:
                 f"the trees are damaged: a place is outside of {num_nodes} nodes, {num_columns} columns"
             )
         return TreeEnsemble(num_columns, **arrays)
+
+
+class _Reference(NamedTuple):
+    """The row that was explained against last: a model has one."""
+
+    row: NDArray[np.floating]  # (F,)
+    nexts: NDArray[np.int32]  # (M,) where it goes from each node
+    logit: float
 
 
 class _Splits(NamedTuple):
