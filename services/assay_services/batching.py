@@ -144,19 +144,28 @@ class BatchQueue(Generic[Job]):
         """How long a request that comes now waits for its call to begin."""
         return max(0.0, self._busy_until - now) + sum(self._work_s(shape) for shape in self._waiting)
 
+    def check_room(self, now: float) -> float:
+        """How long a request that comes now waits, if it may.
+
+        Raises:
+            OverloadedError: there is no room, whatever it wants.
+        """
+        wait_s = self.wait_s(now)
+        if wait_s > self.limits.max_wait_s:
+            raise OverloadedError(f"more requests than can be answered: {1e3 * wait_s:.0f} ms of work wait", wait_s)
+        if len(self) >= self.limits.max_waiting:
+            raise OverloadedError(f"{self.limits.max_waiting} requests wait, which is as many as may", wait_s)
+        return wait_s
+
     def add(self, shape: Hashable, one: Waiting[Job]) -> None:
         """Take on a request.
 
         Raises:
             OverloadedError: it would wait too long, or too many wait.
         """
-        wait_s = self.wait_s(one.since)
+        wait_s = self.check_room(one.since)
         if one.since + wait_s + self._cost(shape).seconds(1) > one.until:
             raise OverloadedError(f"the answer would take {1e3 * wait_s:.0f} ms, longer than asked for", wait_s)
-        if wait_s > self.limits.max_wait_s:
-            raise OverloadedError(f"more requests than can be answered: {1e3 * wait_s:.0f} ms of work wait", wait_s)
-        if len(self) >= self.limits.max_waiting:
-            raise OverloadedError(f"{self.limits.max_waiting} requests wait, which is as many as may", wait_s)
         self._waiting.setdefault(shape, deque()).append(one)
         self._rows[shape] = self._rows.get(shape, 0) + one.rows
 
@@ -223,11 +232,14 @@ class Batcher(Generic[Job, Result]):
         """Requests that wait."""
         return len(self._queue)
 
-    @property
-    def wait_s(self) -> float:
-        """What a request that comes now has to wait."""
+    def check_room(self) -> None:
+        """Look, before anybody looks at what a request wants.
+
+        Raises:
+            OverloadedError: it would be refused whatever it wants.
+        """
         with self._changed:
-            return self._queue.wait_s(self._clock())
+            self._queue.check_room(self._clock())
 
     def learn(self, shape: Hashable, rows: int, seconds: float) -> None:
         """What a call was measured to take elsewhere, such as when a model was loaded."""

@@ -7,7 +7,6 @@ which names every field that is wrong, and takes what is only written unusually.
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
-from fastapi import Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
@@ -71,6 +70,6 @@ FRAUD: BodyReader[FraudBody] = BodyReader(FraudBody, FraudRequest)
 RECOMMEND: BodyReader[RecommendBody] = BodyReader(RecommendBody, RecommendRequest)
 
 
-def json_response(answer: Any) -> Response:
+def as_json(answer: Any) -> bytes:
     """A dataclass as JSON."""
-    return Response(_encoder.encode(answer), media_type="application/json")
+    return _encoder.encode(answer)

@@ -92,13 +92,15 @@ class Gatekeeper:
             refusal = self._refusal(scope, headers)
             if refusal is not None:
                 await _answer(counted_send, *refusal)
+            elif b"content-length" in headers:
+                # The server reads no more than it was told.
+                await self._app(scope, receive, counted_send)
             else:
                 await self._limited(scope, receive, counted_send)
         finally:
             # The route's template, not the raw path: a scanner must not make a time series a guess.
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, scope["method"], str(status)).inc()
-            self._metrics.latency.labels(route).observe(time.perf_counter() - started)
+            self._metrics.answered(route, scope["method"], status, time.perf_counter() - started)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, dict[str, str]] | None:
         path = scope["path"]

@@ -43,58 +43,49 @@ def problem_bytes(status: int, detail: str) -> bytes:
     return json.dumps(problem_body(status, detail)).encode()
 
 
-def _response(
-    status: int,
-    detail: str,
-    errors: list[dict[str, Any]] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    return JSONResponse(
-        problem_body(status, detail, errors), status, headers=dict(headers or {}), media_type=MEDIA_TYPE
-    )
+def problem_of(error: Exception) -> tuple[dict[str, Any], dict[str, str]]:
+    """The problem that an error is, and the headers that go with it. What nobody has foreseen is logged."""
+    headers: Mapping[str, str] | None = None
+    errors: list[dict[str, Any]] | None = None
+    match error:
+        case ProblemError():
+            status, detail, headers = error.status, error.detail, error.headers
+        case OverloadedError():
+            # Whole seconds are what HTTP knows.
+            status, detail = 503, str(error)
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+        case DeadlinePassedError():
+            status, detail = 504, str(error)
+        case InputError():
+            status, detail = 422, str(error)
+        case RequestValidationError():
+            errors = [
+                {
+                    "field": ".".join(str(part) for part in e["loc"] if part != "body") or "body",
+                    "message": e["msg"],
+                }
+                for e in error.errors()
+            ]
+            status, detail = 422, f"{errors[0]['field']}: {errors[0]['message']}"
+        case HTTPException():
+            status, detail, headers = error.status_code, str(error.detail), error.headers
+        case RecursionError():
+            status, detail = 400, "the body is nested too deeply"
+        case _:
+            _log.error("unexpected error", exc_info=error)
+            status, detail = 500, "an unexpected error; the server's log has the details"
+    return problem_body(status, detail, errors), dict(headers or {})
 
 
 def install(app: FastAPI) -> None:
     """Make every error of an app a problem."""
 
-    @app.exception_handler(ProblemError)
-    async def on_problem(_: Request, error: ProblemError) -> Response:
-        return _response(error.status, error.detail, headers=error.headers)
+    async def answer(_: Request, error: Exception) -> Response:
+        body, headers = problem_of(error)
+        return JSONResponse(body, body["status"], headers=headers, media_type=MEDIA_TYPE)
 
-    @app.exception_handler(OverloadedError)
-    async def on_overload(_: Request, error: OverloadedError) -> Response:
-        # Whole seconds are what HTTP knows.
-        return _response(503, str(error), headers={"Retry-After": str(max(1, math.ceil(error.retry_after_s)))})
-
-    @app.exception_handler(DeadlinePassedError)
-    async def on_deadline(_: Request, error: DeadlinePassedError) -> Response:
-        return _response(504, str(error))
-
-    @app.exception_handler(InputError)
-    async def on_input(_: Request, error: InputError) -> Response:
-        return _response(422, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def on_validation(_: Request, error: RequestValidationError) -> Response:
-        errors = [
-            {
-                "field": ".".join(str(part) for part in e["loc"] if part != "body") or "body",
-                "message": e["msg"],
-            }
-            for e in error.errors()
-        ]
-        first = errors[0]
-        return _response(422, f"{first['field']}: {first['message']}", errors)
-
-    @app.exception_handler(HTTPException)
-    async def on_http(_: Request, error: HTTPException) -> Response:
-        return _response(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(RecursionError)
-    async def on_depth(_request: Request, _error: RecursionError) -> Response:
-        return _response(400, "the body is nested too deeply")
-
-    @app.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> Response:
-        _log.error("unexpected error on %s", request.url.path, exc_info=error)
-        return _response(500, "an unexpected error; the server's log has the details")
+    for kind in (
+        ProblemError, OverloadedError, DeadlinePassedError, InputError, RequestValidationError, HTTPException,
+        RecursionError, Exception,
+    ):  # fmt: skip
+        app.add_exception_handler(kind, answer)

@@ -16,10 +16,10 @@ a hybrid reaches are visited, so a row costs about as many leaves as it differs 
 # N rows, F columns, T trees, M nodes of all trees, D depth
 
 import numpy as np
-from numba import config, njit, prange
+from numba import njit, prange
 
 _DEPTH = 128
-_EXPLAINED = 32
+EXPLAINED = 32  # rows at most that go through a tree while it is at hand
 # Rows that splits are applied to at once. Fewer, and the compiler unrolls the loop instead of vectorising it.
 _BLOCK = 64
 WORD = 32  # leaves whose bits are in one word
@@ -179,11 +179,6 @@ def explain_trees(rows, next_of_reference, roots, nodes, weight, size, out):
         for root in roots:
             for n in range(first, min(first + size, len(rows))):
                 _explain_tree(rows[n], next_of_reference, root, nodes, weight, path, taken, out[n])
-
-
-def block_size(num_rows):
-    """As many blocks as threads, and none so large that a tree is gone from the cache before its last row."""
-    return max(1, min(_EXPLAINED, -(-num_rows // config.NUMBA_NUM_THREADS)))
 
 
 @njit(nogil=True, cache=True)

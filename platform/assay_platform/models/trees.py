@@ -7,6 +7,7 @@ are numbers here, categories their rank by frequency), objectives with more than
 # N rows, F columns, T trees, M nodes of all trees, D depth
 
 import math
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -101,7 +102,8 @@ class TreeEnsemble:
         if len(rows) <= 1:
             trees_numba.explain_one_by_one(rows, known.nexts, self.roots, self._nodes, _WEIGHT, out)
         else:
-            size = trees_numba.block_size(len(rows))
+            # As many blocks as threads, and none so large that a tree is gone from the cache before its last row.
+            size = max(1, min(trees_numba.EXPLAINED, -(-len(rows) // len(os.sched_getaffinity(0)))))
             _on_all_cores(trees_numba.explain_trees, rows, known.nexts, self.roots, self._nodes, _WEIGHT, size, out)
         return out, known.logit
 

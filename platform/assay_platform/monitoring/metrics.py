@@ -11,12 +11,14 @@ from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from assay_platform.models.decisions import DECISIONS, Decision
 from assay_platform.storage.tiered import TieredStore
 from assay_platform.tasks.beat import read_beats
 
 if TYPE_CHECKING:
     from assay_platform.moe.fences import Fences
 
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
@@ -58,9 +60,12 @@ class ServiceMetrics:
             ("application",), registry=self.registry,
         )  # fmt: skip
         self.labels = CounterMetric("assay_fraud_labels_total", "Reported labels taken in", registry=self.registry)
-        self.decisions = CounterMetric(
+        decisions = CounterMetric(
             "assay_fraud_decisions_total", "Fraud decisions", ("decision",), registry=self.registry
         )
+        # Looking a label up takes longer than counting.
+        self._answered: dict[tuple[str, str, int], tuple[CounterMetric, Histogram]] = {}
+        self._decisions = {name: decisions.labels(name) for name in DECISIONS}
         self.recommendations = CounterMetric(
             "assay_recommendations_total", "Recommendation lists", ("cold_start",), registry=self.registry
         )
@@ -79,6 +84,24 @@ class ServiceMetrics:
         self.events = CounterMetric(
             "assay_events_total", "Events folded into features", ("application",), registry=self.registry
         )
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One more request, and how long it took."""
+        key = (route, method, status)
+        counters = self._answered.get(key)
+        if counters is None:
+            # Callers make up methods, and each would be a time series.
+            named = method if method in _METHODS else "OTHER"
+            counters = self.requests.labels(route, named, str(status)), self.latency.labels(route)
+            if named != method:
+                key = (route, named, status)
+            self._answered[key] = counters
+        counters[0].inc()
+        counters[1].observe(seconds)
+
+    def decided(self, decision: Decision) -> None:
+        """One more decision."""
+        self._decisions[decision].inc()
 
     def on_batch(self, application: str) -> Callable[[int, int, float], None]:
         """What counts calls of a model: how many requests and rows each answered, and how long it took."""
