@@ -144,6 +144,10 @@ class BatchQueue(Generic[Job]):
         """How long a request that comes now waits for its call to begin."""
         return max(0.0, self._busy_until - now) + sum(self._work_s(shape) for shape in self._waiting)
 
+    def has_room(self, now: float) -> bool:
+        """Whether `check_room` lets a request pass."""
+        return self.wait_s(now) <= self.limits.max_wait_s and len(self) < self.limits.max_waiting
+
     def check_room(self, now: float) -> float:
         """How long a request that comes now waits, if it may.
 
@@ -232,14 +236,10 @@ class Batcher(Generic[Job, Result]):
         """Requests that wait."""
         return len(self._queue)
 
-    def check_room(self) -> None:
-        """Look, before anybody looks at what a request wants.
-
-        Raises:
-            OverloadedError: it would be refused whatever it wants.
-        """
+    def has_room(self) -> bool:
+        """Whether a request that comes now may be taken on, before anybody looks at what it wants."""
         with self._changed:
-            self._queue.check_room(self._clock())
+            return self._queue.has_room(self._clock())
 
     def learn(self, shape: Hashable, rows: int, seconds: float) -> None:
         """What a call was measured to take elsewhere, such as when a model was loaded."""

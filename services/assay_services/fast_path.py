@@ -7,7 +7,7 @@ every other route, goes on to the application, whose routes call the same two fu
 
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,18 @@ from assay_services.batching import Batcher
 from assay_services.fraud import FraudScorer
 from assay_services.hot_swap import Loaded, Slot
 from assay_services.idempotency import KEY
-from assay_services.problems import MEDIA_TYPE, problem_of
+from assay_services.problems import MEDIA_TYPE, problem_bytes, problem_of
 from assay_services.recommend import ItemRecommender
 from assay_services.schemas import FraudResponse, FraudScore, ModelRef, RecommendResponse
 
 _MAX_COUNTERFACTUALS = 10
 _TIMEOUT = b"x-timeout-ms"
-_JSON = b"application/json"
+_JSON, _PROBLEM = b"application/json", MEDIA_TYPE.encode()
+# Made once: under a flood most answers are this one. Waiting a second is what HTTP knows as the least.
+_FULL, _RETRY = (
+    problem_bytes(503, "more requests than can be answered; come back in a second"),
+    ((b"retry-after", b"1"),),
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,10 @@ class FastPath:
             if name == _TIMEOUT:
                 timeout = value
         scope["route"] = route
+        if not route.queue.has_room():
+            await _send(send, 503, _FULL, _PROBLEM, _RETRY)
+            return
         try:
-            route.queue.check_room()
             content, more = b"", True
             while more:
                 message = await receive()
@@ -126,12 +133,12 @@ class FastPath:
             problem, more_headers = problem_of(error)
             body = json.dumps(problem).encode()
             headers = [(name.lower().encode(), value.encode()) for name, value in more_headers.items()]
-            await _send(send, problem["status"], body, MEDIA_TYPE.encode(), headers)
+            await _send(send, problem["status"], body, _PROBLEM, headers)
         else:
             await _send(send, 200, answer, _JSON, [])
 
 
-async def _send(send: Any, status: int, body: bytes, kind: bytes, more: list[tuple[bytes, bytes]]) -> None:
+async def _send(send: Any, status: int, body: bytes, kind: bytes, more: Sequence[tuple[bytes, bytes]]) -> None:
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -3,6 +3,7 @@
 Pure ASGI, so it costs microseconds and a refused body is never read into memory.
 """
 
+import itertools
 import re
 import secrets
 import time
@@ -69,6 +70,8 @@ class Gatekeeper:
         self._keys, self._metrics = keys, metrics
         self._max_body_bytes = max_body_bytes
         self._bucket = TokenBucket(max_requests_per_s)
+        # Ids of requests are this process's and a number: drawing each one takes longer than refusing a request.
+        self._process, self._numbers = secrets.token_hex(6).encode(), itertools.count()
         self._buckets: dict[str, tuple[float, TokenBucket]] = {}  # key's id → its rate and what is left of it
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -78,14 +81,17 @@ class Gatekeeper:
             return
         started, status = time.perf_counter(), 500
         headers = {name.lower(): value for name, value in scope["headers"]}
-        request_id = _request_id(headers)
+        given = headers.get(_REQUEST_ID)
+        # The caller's own, if it can be written into a log as it is.
+        usable = given is not None and _USABLE_ID.fullmatch(given)
+        request_id = given if given is not None and usable else b"%s-%x" % (self._process, next(self._numbers))
         scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def counted_send(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (_REQUEST_ID, request_id)]}
+                message["headers"] = [*message.get("headers", ()), (_REQUEST_ID, request_id)]
             await send(message)
 
         try:
@@ -170,12 +176,6 @@ class Gatekeeper:
         finally:
             if received > self._max_body_bytes:
                 await _answer(send, *self._too_large())
-
-
-def _request_id(headers: dict[bytes, bytes]) -> bytes:
-    """The caller's own, if it can be written into a log as it is, or a new one."""
-    given = headers.get(_REQUEST_ID, b"")
-    return given if _USABLE_ID.fullmatch(given) else secrets.token_hex(8).encode()
 
 
 def _come_back(bucket: TokenBucket) -> dict[str, str]:
