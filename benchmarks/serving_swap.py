@@ -30,7 +30,7 @@ from _load import Told, open_loop, request_bytes
 from _report import finish, row
 from serving_load import ASKED, PATHS, body_of, command_of, free_port, payments, running
 
-NUM_VERSIONS, SETTLE_S, WAIT_S, PEER_SWAP_S = 3, 1.0, 60.0, 6.0
+NUM_VERSIONS, SETTLE_S, WAIT_S, PEER_SWAP_S = 3, 0.5, 60.0, 6.0
 Interval = tuple[float, float]
 
 

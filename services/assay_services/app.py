@@ -15,6 +15,7 @@ from assay_features.feast.repository import FeatureRepository
 from assay_features.stream import StreamSettings
 from assay_platform.config import Config
 from assay_platform.errors import DataError
+from assay_platform.monitoring.alarms import Finding
 from assay_platform.monitoring.metrics import ServiceMetrics, render
 from assay_platform.storage.tiered import TieredStore
 from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
@@ -36,6 +37,8 @@ from assay_services.problems import ProblemError, install
 from assay_services.recommend import ItemRecommender
 from assay_services.schemas import (
     DecisionRecord,
+    DriftFinding,
+    DriftResponse,
     EventsRequest,
     EventsResponse,
     FraudResponse,
@@ -45,6 +48,7 @@ from assay_services.schemas import (
     LabelsRequest,
     LabelsResponse,
     LoadedModel,
+    ModelRef,
     ModelsResponse,
     Problem,
     RecommendResponse,
@@ -177,6 +181,8 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
         repositories.take_over()
         if recommend_slot.current is not None:
             recommend_slot.current.model.catch_up()
+        if fraud_slot.current is not None and (watch := fraud_slot.current.model.watch) is not None and watch.look():
+            metrics.drifted(watch.seen.findings, watch.seen.alarms)
 
     follower = Follower(
         lambda: ModelRegistry(config.tracking_uri, audit),
@@ -318,6 +324,28 @@ def create_app(deps: Dependencies) -> Gatekeeper:
                 for application, loaded, challenger, refused in found
                 if loaded is not None
             ]
+        )
+
+    @app.get("/v1/drift", responses={**_PROBLEMS, 404: {"model": Problem}})
+    def drift() -> DriftResponse:
+        """Whether the newest events still look like those that the fraud model was measured on."""
+        loaded = deps.fraud.require()
+        watch = loaded.model.watch
+        if watch is None:
+            raise ProblemError(404, f"{loaded.name} version {loaded.version} was registered without a reference")
+
+        def told(found: tuple[Finding, ...]) -> list[DriftFinding]:
+            return [
+                DriftFinding(column=one.column, kind=one.kind, moved=one.moved, text=one.text, value=one.value)
+                for one in found
+            ]
+
+        return DriftResponse(
+            model=ModelRef(name=loaded.name, version=loaded.version),
+            window_rows=watch.window_rows,
+            windows=watch.seen.windows,
+            findings=told(watch.seen.findings),
+            alarms=told(watch.seen.alarms),
         )
 
     @app.get("/healthz")

@@ -24,6 +24,7 @@ from assay_platform.errors import ArtifactError, DataError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.decisions import DECISIONS
 from assay_platform.models.fraud import FraudModel
+from assay_platform.monitoring.drift_reference import Reference
 from assay_platform.robustness.constraints import Transactions
 from assay_platform.robustness.counterfactual import Choices, counterfactual
 from assay_platform.tracking.records import DecisionRecords
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from assay_services.reasons import ReasonWriter, rule_reason, would_have_been
 from assay_services.rehearsal import Answer
 from assay_services.schemas import ColumnChange, Counterfactual, FraudScore, Label, LabelsResponse, ModelRef, Record
+from assay_services.watch import DriftWatch
 
 _MANY_ROWS = 16
 
@@ -49,8 +51,9 @@ class FraudScorer:
         choices: Choices,
         rules: tuple[Rule, ...] = (),
         records: DecisionRecords | None = None,
+        watch: DriftWatch | None = None,
     ) -> None:
-        """records: where decisions are kept; without it none are."""
+        """records: where decisions are kept; without it none are. watch: what looks for drift."""
         self.schema, self.plan = schema, plan
         self._model = model
         self.fences = model.fences
@@ -60,7 +63,7 @@ class FraudScorer:
         self._reports = parts[1][1] if len(parts) > 1 else None
         self._tables = repository.embedding_tables(plan)
         self._reasons = ReasonWriter(plan, model.feature_names, usual=model.reference_columns())
-        self._rules, self._records = rules, records
+        self._rules, self._records, self.watch = rules, records, watch
         self._choices = choices
         self.call_seconds: list[tuple[bool, int, float]] = []  # with reasons or not, rows, seconds
         self._feasible = choices.feasible(schema.limits, schema.numeric, schema.keys)
@@ -76,7 +79,12 @@ class FraudScorer:
         rules = rules_from_dict(read_json(folder, "rules"))
         choices = Choices.from_dict(read_json(folder, "choices"))
         model = FraudModel.load(folder)
-        scorer = FraudScorer(model, schema, plan, repository, choices=choices, rules=rules, records=records)
+        # Artifacts of before have none.
+        known = read_json(folder, "drift") if (folder / "drift.json").is_file() else {}
+        watch = DriftWatch(Reference.from_dict(known)) if known else None
+        scorer = FraudScorer(
+            model, schema, plan, repository, choices=choices, rules=rules, records=records, watch=watch
+        )
         record: Record = dict.fromkeys((*schema.keys, *schema.numbers))
         for explain in (True, False):  # they take different paths through the net
             for num_rows in (1, _MANY_ROWS):
@@ -173,6 +181,8 @@ class FraudScorer:
                     reasons=[] if reasons is None else [*(rule_reason(rule) for rule in held), *reasons[i]],
                 )
             )
+        if keep_as is not None and self.watch is not None:
+            self.watch.add(events, scores.probability)
         if keep_as is not None and self._records is not None:
             self._records.remember(self._kept(records, columns, out, keep_as))
         return out

@@ -215,6 +215,26 @@ class LoadedModel(BaseModel):
     refused: Refused | None = None
 
 
+class DriftFinding(BaseModel):
+    """What recent events have that the model's reference had not. moved: share of rows. value: it is about this one."""
+
+    column: str
+    kind: str
+    moved: float
+    text: str
+    value: str | None = None
+
+
+class DriftResponse(BaseModel):
+    """Of the newest window of so many events, as this process saw it. alarms: findings of the window before, too."""
+
+    model: ModelRef
+    window_rows: int
+    windows: int
+    findings: list[DriftFinding]
+    alarms: list[DriftFinding]
+
+
 class PromoteRequest(_Body):
     """unchecked: services take the version without a rehearsal."""
 

@@ -496,6 +496,41 @@ def test_requests_that_come_at_once_get_what_each_would_get_alone(
             assert reason["contribution"] == pytest.approx(same["contribution"], abs=1e-4)
 
 
+def test_events_that_are_unlike_those_of_training_raise_an_alarm_that_names_the_column(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]]
+) -> None:
+    def told() -> dict[str, Any]:
+        body: dict[str, Any] = service.get("/v1/drift").json()
+        return body
+
+    def look(factor: float) -> dict[str, Any]:
+        """Score a window of the newest events, amounts times so much."""
+        windows = told()["windows"]
+        rows = pd.read_csv(files["fraud"][0]).tail(told()["window_rows"]).to_dict("records")
+        events = [
+            {
+                k: None if isinstance(v, float) and np.isnan(v) else v * factor if k == "amount" else v
+                for k, v in r.items()
+            }
+            for r in rows
+        ]
+        service.post("/v1/fraud/score", json={"events": events}).raise_for_status()
+        deadline = time.monotonic() + 20
+        while told()["windows"] == windows:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return told()
+
+    for _ in range(2):  # what other tests have sent goes first
+        look(1.0)
+    first, second = look(100.0), look(100.0)
+    assert "amount" in {one["column"] for one in first["findings"]}
+    assert "amount" not in {one["column"] for one in first["alarms"]}
+    [alarm] = [one for one in second["alarms"] if one["column"] == "amount"]
+    assert alarm["text"].startswith("amount: ")
+    assert 'assay_fraud_drift_alarm{column="amount"' in service.get("/metrics").text
+
+
 def test_events_sent_again_with_their_idempotency_key_count_once(
     service: httpx.Client, files: dict[str, tuple[Path, Path]]
 ) -> None:

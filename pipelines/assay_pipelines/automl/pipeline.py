@@ -290,7 +290,7 @@ def _companions(options: RunOptions, learnable: Learnable, chosen: _Chosen) -> d
     events = learnable.events
     if events is not None:
         learned_until_us = int(events.events.time_us[events.validation[-1]])
-        return companions_of(events, options, training=training, learned_until_us=learned_until_us)
+        return companions_of(events, options, chosen.model, training=training, learned_until_us=learned_until_us)
     assert isinstance(options.schema, TableSchema)
     return {"features": {"schema": asdict(options.schema)}, "training": training}
 

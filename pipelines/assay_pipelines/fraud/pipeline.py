@@ -16,6 +16,7 @@ from assay_platform.errors import InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.encoding import TabularEncoder
 from assay_platform.models.fraud import FraudModel
+from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
 from assay_platform.tuning.search import SearchResult
 
 from assay_pipelines.console import Reporter
@@ -48,6 +49,9 @@ from assay_pipelines.tracking import (
 
 _SEARCH_EPOCHS = 3
 _METRIC = "average_precision"
+# Of the reference for drift: rows of a window at most and at least, windows that are wanted (`g_test` knows how rows
+# hang together from 20 halves on) and needed, rows at most.
+_WINDOW_ROWS, _FEWEST_WINDOW_ROWS, _WINDOWS, _FEWEST_WINDOWS, _MOST_REFERENCE_ROWS = 2000, 100, 10, 4, 200_000
 
 
 def tune_fraud(options: RunOptions, reporter: Reporter) -> SearchResult:
@@ -156,7 +160,7 @@ def run_fraud(options: RunOptions, reporter: Reporter) -> RunReport:
         )
         learned = prepared.validation if options.refit_on_all else prepared.train
         companions = companions_of(
-            prepared, options, training=params, learned_until_us=int(prepared.events.time_us[learned[-1]])
+            prepared, options, model, training=params, learned_until_us=int(prepared.events.time_us[learned[-1]])
         )
         number, alias = register_version(
             options,
@@ -209,9 +213,25 @@ def validation_ap(folder: Path, repository: Path, prepared: Prepared, already_le
     return average_precision(prepared.labels[prepared.validation], model.logits(model.encode(held)))
 
 
+def drift_reference(prepared: Prepared, model: FraudModel, learned_until_us: int) -> dict[str, Any]:
+    """What requests are compared with while the model serves: events that it has not learned from, their columns as
+    they come and their scores. Empty where they are too few for windows.
+    """
+    rows = np.flatnonzero(prepared.events.time_us > learned_until_us)[-_MOST_REFERENCE_ROWS:]
+    window_rows = min(_WINDOW_ROWS, max(_FEWEST_WINDOW_ROWS, len(rows) // _WINDOWS))
+    if len(rows) < _FEWEST_WINDOWS * window_rows:
+        return {}
+    events, schema = prepared.events.take(as_slice(rows)), prepared.schema
+    columns: dict[str, Any] = {name: events.numbers[name] for name in schema.numeric}
+    columns |= {name: events.keys[name] for name in dict.fromkeys((*schema.categorical, *schema.entities))}
+    columns["score"] = model.score(prepared.rows.rows.rows(as_slice(rows))).probability
+    return Reference.of(columns, ReferenceConfig(window_rows=window_rows)).to_dict()
+
+
 def companions_of(
     prepared: Prepared,
     options: RunOptions,
+    model: FraudModel,
     *,
     training: Mapping[str, Any],
     learned_until_us: int,
@@ -231,6 +251,7 @@ def companions_of(
         "features": features,
         "rules": rules_to_dict(options.rules),
         "choices": possible_choices(prepared).to_dict(),
+        "drift": drift_reference(prepared, model, learned_until_us),
         "training": dict(training),
     }
 

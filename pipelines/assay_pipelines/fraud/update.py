@@ -312,7 +312,7 @@ def _registered(
 ) -> RunReport:
     options, prepared = held.options, held.prepared
     companions = companions_of(
-        prepared, options, training=held.training, learned_until_us=learned_until_us, updated=updated
+        prepared, options, final, training=held.training, learned_until_us=learned_until_us, updated=updated
     )
     baselines = {"champion": sides["champion"]}
     version, alias = register_version(

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from assay_platform.models.decisions import DECISIONS, Decision
+from assay_platform.monitoring.alarms import Finding
 from assay_platform.storage.tiered import TieredStore
 from assay_platform.tasks.beat import read_beats
 
@@ -69,6 +70,16 @@ class ServiceMetrics:
         self.recommendations = CounterMetric(
             "assay_recommendations_total", "Recommendation lists", ("cold_start",), registry=self.registry
         )
+        self._drift_windows = CounterMetric(
+            "assay_fraud_drift_windows_total", "Windows of events that were looked at", registry=self.registry
+        )
+        self._drift_findings, self._drift_alarms = (
+            Gauge(f"assay_fraud_drift_{name}", text, ("column", "kind"), registry=self.registry)
+            for name, text in (
+                ("found", "Share of the newest window that is not as in training"),
+                ("alarm", "Share of it, where the window before had it too"),
+            )
+        )
         self._batch_requests = Histogram(
             "assay_batch_requests", "Requests answered by one call of a model", ("application",),
             buckets=_BATCH_BUCKETS, registry=self.registry,
@@ -102,6 +113,14 @@ class ServiceMetrics:
     def decided(self, decision: Decision) -> None:
         """One more decision."""
         self._decisions[decision].inc()
+
+    def drifted(self, findings: Sequence[Finding], alarms: Sequence[Finding]) -> None:
+        """One more window of events to score was looked at."""
+        self._drift_windows.inc()
+        for gauge, found in ((self._drift_findings, findings), (self._drift_alarms, alarms)):
+            gauge.clear()
+            for one in found:
+                gauge.labels(one.column, one.kind).set(one.moved)
 
     def on_batch(self, application: str) -> Callable[[int, int, float], None]:
         """What counts calls of a model: how many requests and rows each answered, and how long it took."""

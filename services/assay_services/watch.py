@@ -1,0 +1,72 @@
+"""Whether what is scored still looks like what the model was measured on: windows of requests against its reference.
+
+Requests leave their columns here, which costs the fast path an append; a window is looked at by another thread. What is
+found in two windows running is an alarm.
+"""
+
+import threading
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+from assay_features.events import Events
+from assay_platform.monitoring.alarms import Alarms, Finding
+from assay_platform.monitoring.drift_findings import findings
+from assay_platform.monitoring.drift_reference import Reference
+from numpy.typing import NDArray
+
+SCORE = "score"
+# Windows that wait to be looked at; where requests come faster, the oldest are forgotten.
+_MOST_WINDOWS = 2
+
+
+class Seen(NamedTuple):
+    """After so many windows: what the newest has that training had not, and what the one before had, too."""
+
+    windows: int = 0
+    findings: tuple[Finding, ...] = ()
+    alarms: tuple[Finding, ...] = ()
+
+
+class DriftWatch:
+    """Windows of one model's requests. Thread-safe; one thread looks."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference, self._alarms = reference, Alarms()
+        self._lock = threading.Lock()
+        self._parts: deque[tuple[Events, NDArray[np.float64]]] = deque()
+        self._num_rows = 0
+        self.seen = Seen()
+
+    @property
+    def window_rows(self) -> int:
+        """Events that are looked at together."""
+        return self._reference.window_rows
+
+    def add(self, events: Events, probability: NDArray[np.float64]) -> None:
+        """Events that were scored, in the order in which they came."""
+        with self._lock:
+            self._parts.append((events, probability))
+            self._num_rows += len(events)
+            while self._num_rows - len(self._parts[0][0]) >= _MOST_WINDOWS * self.window_rows:
+                self._num_rows -= len(self._parts.popleft()[0])
+
+    def look(self) -> bool:
+        """Look at a window if there is one; whether there was."""
+        with self._lock:
+            if self._num_rows < self.window_rows:
+                return False
+            parts = list(self._parts)
+            self._parts.clear()
+            self._num_rows = 0
+        columns = {name: self._column(name, parts)[-self.window_rows :] for name in self._reference.columns}
+        found = findings(self._reference, columns)
+        self.seen = Seen(self.seen.windows + 1, tuple(found), tuple(self._alarms.after(found)))
+        return True
+
+    def _column(self, name: str, parts: list[tuple[Events, NDArray[np.float64]]]) -> NDArray[Any]:
+        if name == SCORE:
+            return np.concatenate([probability for _, probability in parts])
+        return np.concatenate(
+            [events.keys[name] if name in events.keys else events.numbers[name] for events, _ in parts]
+        )
