@@ -2,8 +2,8 @@
 
 `assay serve --workers 2` over a home folder of the benchmark's own. Scores come in an open loop, each sent once more if
 its connection broke or the answer was a 503; events come one by one with an Idempotency-Key, sent again until somebody
-takes them. Every few seconds one of the workers is killed (SIGKILL), every second time the one that writes. Afterwards
-all events are sent again under their ids: one that is not known as a duplicate was acknowledged and lost.
+takes them. Whenever both workers are there one of them is killed (SIGKILL), every second time the one that writes.
+Afterwards all events are sent again under their ids: one that is not known as a duplicate was acknowledged and lost.
 
     assay bench serving_kill [--json] [--model fraud-demo] [--kills 10] [--rate 100]
 """
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import finish, row
 from serving_load import ASKED, PATHS, body_of, command_of, free_port, payments, running
 
-PAUSE_S, TIMEOUT_S = 8.0, 10.0
+PAUSE_S, MOST_S, TIMEOUT_S = 5.0, 60.0, 10.0
 
 
 async def scored(port: int, bodies: list[bytes], rate: float, done: threading.Event) -> dict[str, list[float]]:
@@ -115,6 +115,9 @@ def main() -> None:
                 thread.start()
             for number in range(call.kills):
                 time.sleep(PAUSE_S)
+                until = time.monotonic() + MOST_S
+                while len(workers()) < 2 and time.monotonic() < until:
+                    time.sleep(0.5)
                 writer = int((home / "writer.lock").read_text())
                 alive = [pid for pid in workers() if pid != writer]
                 victim = writer if number % 2 == 0 or not alive else drawn.choice(alive)

@@ -3,6 +3,7 @@
 Scores and lists take the fast path: body → queue → one call for all that wait → JSON, see `fast_path` and `batching`.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -68,6 +69,7 @@ _PROBLEMS: dict[int | str, dict[str, object]] = {
 }
 
 
+_FIRST_LOOK_S = 60.0
 # What one process writes the others read within this.
 _STREAM = StreamSettings(checkpoint_s=0.25)
 
@@ -203,6 +205,9 @@ def create_app(deps: Dependencies) -> Gatekeeper:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         deps.siblings.start(front)
         deps.follower.start()
+        # A server accepts when this is over. Until then others on its port answer, or requests wait for the first model
+        # instead of being sent away.
+        await asyncio.to_thread(deps.follower.first_look.wait, _FIRST_LOOK_S)
         yield
         deps.follower.stop()
         deps.close()
