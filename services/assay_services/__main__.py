@@ -92,6 +92,8 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=10,
+        # A worker that imports its libraries on busy cores is alive.
+        timeout_worker_healthcheck=30,
         server_header=False,
         ssl_certfile=service.tls_certificate or None,
         ssl_keyfile=service.tls_key or None,

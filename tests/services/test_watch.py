@@ -1,0 +1,52 @@
+"""Windows of what was scored, held against the reference."""
+
+import numpy as np
+from assay_features.events import Events
+from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
+from assay_services.watch import DriftWatch
+
+WINDOW = 200
+
+
+def scored(rng: np.random.Generator, num: int, factor: float = 1.0) -> tuple[Events, np.ndarray]:
+    """Events with an amount, a card and a score."""
+    card = np.empty(num, dtype=object)
+    card[:] = [f"c{c}" for c in rng.integers(0, 20, num)]
+    events = Events(np.arange(num), {"card": card}, {"amount": rng.normal(50, 5, num) * factor})
+    return events, rng.beta(1, 20, num)
+
+
+def watch() -> DriftWatch:
+    events, score = scored(np.random.default_rng(0), 30 * WINDOW)
+    columns = {"amount": events.numbers["amount"], "card": events.keys["card"], "score": score}
+    return DriftWatch(Reference.of(columns, ReferenceConfig(window_rows=WINDOW)))
+
+
+def test_a_window_is_looked_at_when_it_is_full_however_its_events_came() -> None:
+    seen, rng = watch(), np.random.default_rng(1)
+    for num in (1, 50, 100):
+        seen.add(*scored(rng, num))
+        assert not seen.look()
+    seen.add(*scored(rng, 60))
+    assert seen.look()
+    assert seen.seen.windows == 1
+    assert not seen.seen.findings
+    assert not seen.look(), "what was looked at is gone"
+
+
+def test_what_two_windows_running_have_is_an_alarm() -> None:
+    seen, rng = watch(), np.random.default_rng(2)
+    for number, factor in enumerate((100.0, 100.0, 1.0)):
+        seen.add(*scored(rng, WINDOW, factor))
+        assert seen.look()
+        assert bool(seen.seen.findings) == (factor != 1.0)
+        assert [one.column for one in seen.seen.alarms] == (["amount"] if number == 1 else [])
+
+
+def test_when_nobody_looks_the_oldest_events_are_forgotten() -> None:
+    seen, rng = watch(), np.random.default_rng(3)
+    for factor in (100.0, 100.0, 100.0, 1.0, 1.0):
+        seen.add(*scored(rng, WINDOW, factor))
+    assert seen.look()
+    assert not seen.seen.findings
+    assert not seen.look()
