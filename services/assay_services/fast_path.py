@@ -5,9 +5,10 @@ one that is answered: else a flood of refusals would take the time that answers 
 every other route, goes on to the application, whose routes call the same two functions.
 """
 
+import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from assay_services.schemas import FraudResponse, FraudScore, ModelRef, Recommen
 
 _MAX_COUNTERFACTUALS = 10
 _TIMEOUT = b"x-timeout-ms"
+# Requests that wait from which on it is worth noticing that a caller has gone.
+_CROWD = 64
 _JSON, _PROBLEM = b"application/json", MEDIA_TYPE.encode()
 # Made once: under a flood most answers are this one. Waiting a second is what HTTP knows as the least.
 _FULL, _RETRY = (
@@ -89,7 +92,7 @@ class Route:
     """path: under which it is counted."""
 
     path: str
-    answer: Callable[[bytes, bytes | None], Awaitable[bytes]]
+    answer: Callable[[bytes, bytes | None], Coroutine[Any, Any, bytes]]
     queue: Batcher[Any, Any]
 
 
@@ -128,7 +131,12 @@ class FastPath:
                 if message["type"] != "http.request":
                     return  # the caller has gone
                 content, more = content + message.get("body", b""), message.get("more_body", False)
-            answer = await route.answer(content, timeout)
+            if route.queue.num_waiting < _CROWD:
+                answer = await route.answer(content, timeout)
+            elif (found := await _unless_gone(receive, route.answer(content, timeout))) is not None:
+                answer = found
+            else:
+                return
         except Exception as error:  # noqa: BLE001 - every error has an answer
             problem, more_headers = problem_of(error)
             body = json.dumps(problem).encode()
@@ -136,6 +144,17 @@ class FastPath:
             await _send(send, problem["status"], body, _PROBLEM, headers)
         else:
             await _send(send, 200, answer, _JSON, [])
+
+
+async def _unless_gone(receive: Any, answer: Coroutine[Any, Any, bytes]) -> bytes | None:
+    """The answer; None, and no work for it, if the caller hangs up before its turn comes."""
+    task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for one in (task, gone):
+            one.cancel()
 
 
 async def _send(send: Any, status: int, body: bytes, kind: bytes, more: Sequence[tuple[bytes, bytes]]) -> None:

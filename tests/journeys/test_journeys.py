@@ -32,6 +32,7 @@ from assay_platform.config import Config, Paths
 from assay_platform.errors import InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.fraud import FraudModel
+from assay_platform.tracking import AuditLog
 
 pytestmark = [pytest.mark.ray, pytest.mark.services]
 
@@ -464,6 +465,33 @@ def test_promote_and_rollback_under_load_fail_no_request(
             thread.join()
     assert set(statuses) == {200}
     assert set(versions) == {1, 2}
+
+
+def test_operators_move_aliases_over_rest_and_the_log_has_why(service: httpx.Client, home: Config) -> None:
+    registry = open_registry(home)
+    before = registry.version_of("fraud-own")
+    other = 1 if before == 2 else 2
+    body = {"version": other, "reason": "asked for over REST", "unchecked": True}
+    moved = service.post("/v1/admin/models/fraud-own/promote", json=body).json()
+    assert (moved["from_version"], moved["version"]) == (before, other)
+
+    def answering() -> int:
+        return int(
+            next(m for m in service.get("/v1/models").json()["models"] if m["application"] == "fraud")["version"]
+        )
+
+    deadline = time.monotonic() + 30
+    while answering() != other:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    back = service.post("/v1/admin/models/fraud-own/rollback", json={"reason": "and back"}).json()
+    assert back["version"] == before
+    entries = [entry for entry in AuditLog(home.paths.audit_log).entries() if entry["model"] == "fraud-own"]
+    assert [e["reason"] for e in entries if e["action"] in ("promote", "rollback")][-2:] == [body["reason"], "and back"]
+    assert any(entry["action"] == "swap" and entry["version"] == other for entry in entries)
+    while answering() != before:
+        assert time.monotonic() < deadline + 30
+        time.sleep(0.1)
 
 
 def test_requests_that_come_at_once_get_what_each_would_get_alone(

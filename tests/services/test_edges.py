@@ -181,6 +181,15 @@ def test_every_answer_has_a_request_id_the_callers_own_if_it_is_usable(client: T
     assert "x-request-id" in client.post("/v1/fraud/score", content=b"{").headers
 
 
+def test_who_asks_for_what_is_not_in_the_registry_is_told(client: TestClient) -> None:
+    body = {"version": 1, "reason": "why not"}
+    assert is_problem(client.post("/v1/admin/models/nobody/promote", json=body), 404, "nobody")
+    assert is_problem(client.post("/v1/admin/models/nobody/rollback", json={"reason": "x"}), 404, "no champion")
+    assert is_problem(client.post("/v1/admin/models/nobody/promote", json={"version": 1}), 422, "reason")
+    assert client.post("/v1/admin/refresh").status_code == 202
+    assert is_problem(client.get("/v1/drift"), 503, "no fraud model")
+
+
 @pytest.mark.parametrize("given", ["soon", "-5", "0", "inf", "nan"])
 def test_a_timeout_that_is_none_is_refused(client: TestClient, given: str) -> None:
     answer = client.post("/v1/recommend", json={"user_id": "u"}, headers={"x-timeout-ms": given})

@@ -1,0 +1,118 @@
+"""What stands in front of the framework."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import pytest
+from assay_services import fast_path
+from assay_services.batching import Batcher, BatchLimits
+from assay_services.fast_path import FastPath, Route
+
+Message = dict[str, Any]
+
+
+class Echo:
+    """One route whose answers wait for a gate; counts what was computed. Else the framework, which says 404."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self.go = threading.Event()
+        self.computed: list[bytes] = []
+        self.queue: Batcher[bytes, bytes] = Batcher(self._work, limits, name="echo")
+        self.app = FastPath.__new__(FastPath)
+        self.app._app = self._framework
+        self.app._routes = {"/echo": Route("/echo", self._answer, self.queue)}
+
+    def _work(self, _: Hashable, jobs: Sequence[bytes]) -> list[bytes]:
+        self.go.wait(2)
+        self.computed += jobs
+        return list(jobs)
+
+    async def _answer(self, content: bytes, timeout: bytes | None) -> bytes:
+        if content == b"bug":
+            raise RuntimeError("a bug")
+        within_s = float("inf") if timeout is None else float(timeout) / 1e3
+        return await self.queue.submit(content, rows=1, within_s=within_s)
+
+    async def _framework(self, scope: Message, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b"framework"})
+
+    async def ask(
+        self, body: bytes, *, path: str = "/echo", headers: Sequence[tuple[bytes, bytes]] = (), leaves: bool = False
+    ) -> tuple[int, bytes]:
+        """Status and body; 0 if nothing was sent. leaves: the caller hangs up once it has sent all."""
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in (body[:2], body[2:])]
+        messages += [{"type": "http.request", "body": b"", "more_body": False}]
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop(0)
+            if not leaves:
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+        await self.app(scope, receive, send)
+        return (sent[0]["status"], sent[1]["body"]) if sent else (0, b"")
+
+
+@pytest.fixture
+def echo() -> Any:
+    made = Echo(BatchLimits(max_waiting=20))
+    yield made
+    made.go.set()
+    made.queue.close()
+
+
+def test_bodies_that_come_in_parts_are_answered_and_other_routes_go_on(echo: Echo) -> None:
+    echo.go.set()
+    assert asyncio.run(echo.ask(b"hello")) == (200, b"hello")
+    assert asyncio.run(echo.ask(b"hello", path="/other")) == (404, b"framework")
+    assert asyncio.run(echo.ask(b"hello", headers=[(b"idempotency-key", b"a")])) == (404, b"framework")
+
+
+def test_a_bug_is_an_answer_without_its_trace(echo: Echo) -> None:
+    status, body = asyncio.run(echo.ask(b"bug"))
+    assert status == 500
+    assert "a bug" not in json.loads(body)["detail"]
+
+
+def test_where_there_is_no_room_nobody_reads_the_body(echo: Echo) -> None:
+    async def work() -> tuple[int, bytes]:
+        waiting = []
+        for _ in range(2):  # some of the first are on their way when the second come
+            waiting += [asyncio.ensure_future(echo.ask(b"%d" % i)) for i in range(30)]
+            await asyncio.sleep(0.1)
+        refused = await echo.ask(b"one too many")
+        echo.go.set()
+        assert {status for status, _ in await asyncio.gather(*waiting)} == {200, 503}
+        return refused
+
+    status, body = asyncio.run(work())
+    assert status == 503
+    assert json.loads(body)["status"] == 503
+    assert b"one too many" not in echo.computed
+
+
+def test_nothing_is_computed_for_a_caller_who_has_gone(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_path, "_CROWD", 1)
+
+    async def work() -> None:
+        first = asyncio.ensure_future(echo.ask(b"first"))
+        await asyncio.sleep(0.05)  # it is being answered
+        second = asyncio.ensure_future(echo.ask(b"second"))
+        await asyncio.sleep(0.05)
+        assert await echo.ask(b"gone", leaves=True) == (0, b"")
+        echo.go.set()
+        assert await first == (200, b"first")
+        assert await second == (200, b"second")
+
+    asyncio.run(work())
+    assert echo.computed == [b"first", b"second"]
