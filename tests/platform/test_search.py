@@ -46,10 +46,10 @@ def test_search_beats_the_defaults_and_reports_every_trial(ray_session: str) -> 
 
 
 def test_a_search_stops_trials_early() -> None:
-    # In this process the order of reports, on which it depends who is stopped, is always the same.
-    result = search(bowl, data=[1.0], space=SPACE, defaults=DEFAULTS, budget=BUDGET, seed=1, here=True)
-    # Halving looks after two epochs and after four.
-    assert min(trial.epochs for trial in result.trials) <= 4
+    # In this process the order of reports, on which it depends who is stopped, is always the same. Halving keeps every
+    # trial that is in the better half after its second epoch; with other seeds all of these eight are.
+    result = search(bowl, data=[1.0], space=SPACE, defaults=DEFAULTS, budget=BUDGET, seed=3, here=True)
+    assert min(trial.epochs for trial in result.trials) == 2
     assert {trial.state for trial in result.trials} == {"done", "stopped"}
 
 
