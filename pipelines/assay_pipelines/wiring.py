@@ -397,10 +397,11 @@ def _entry_line(entry: dict[str, Any]) -> str:
     was = "" if entry.get("from_version") is None else f"{entry['from_version']} → "
     moment = str(entry["time"]).replace("T", " ").split(".")[0]
     about = f"{entry.get('model', '')} {entry.get('alias', '')} {was}{entry.get('version', '')}"
+    evidence = entry.get("evidence") or {}
     seen = entry.get("gate") or ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in (entry.get("evidence") or {}).items()
-        if value not in ("", [], None)
+        for name, value in evidence.items()
+        if value not in ("", [], None) and evidence.get("requests")  # the first version has nothing to be held against
     )
     why = f": {entry['reason']}" if entry.get("reason") else ""
     where = f" at {entry['service']}" if entry.get("service") else ""

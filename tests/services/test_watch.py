@@ -1,5 +1,7 @@
 """Windows of what was scored, held against the reference."""
 
+from collections.abc import Callable
+
 import numpy as np
 from assay_features.events import Events
 from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
@@ -16,10 +18,10 @@ def scored(rng: np.random.Generator, num: int, factor: float = 1.0) -> tuple[Eve
     return events, rng.beta(1, 20, num)
 
 
-def watch() -> DriftWatch:
+def watch(clock: Callable[[], float] = lambda: 0.0) -> DriftWatch:
     events, score = scored(np.random.default_rng(0), 30 * WINDOW)
     columns = {"amount": events.numbers["amount"], "card": events.keys["card"], "score": score}
-    return DriftWatch(Reference.of(columns, ReferenceConfig(window_rows=WINDOW)))
+    return DriftWatch(Reference.of(columns, ReferenceConfig(window_rows=WINDOW)), clock=clock)
 
 
 def test_a_window_is_looked_at_when_it_is_full_however_its_events_came() -> None:
@@ -41,6 +43,14 @@ def test_what_two_windows_running_have_is_an_alarm() -> None:
         assert seen.look()
         assert bool(seen.seen.findings) == (factor != 1.0)
         assert [one.column for one in seen.seen.alarms] == (["amount"] if number == 1 else [])
+
+
+def test_looking_takes_a_small_part_of_the_time() -> None:
+    times = iter([10.0, 10.1, 20.0, 30.0, 40.0, 40.1])
+    seen, rng = watch(lambda: next(times)), np.random.default_rng(4)
+    for looked in (True, False, False, True):
+        seen.add(*scored(rng, WINDOW))
+        assert seen.look() == looked
 
 
 def test_when_nobody_looks_the_oldest_events_are_forgotten() -> None:
