@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from assay_pipelines.console import Reporter, heeding_ctrl_c
+from assay_platform.config import Config
+from assay_platform.tracking import AuditLog
 
 
 def assay(*arguments: str, home: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -138,3 +140,43 @@ def test_who_ignores_ctrl_c_goes_on_ignoring_it(sigint: Callable[[Any], Any]) ->
     with heeding_ctrl_c(), Reporter(io.StringIO()).stage("load", "Read"):
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_audit_shows_who_changed_what_and_notices_a_changed_line(config: Config) -> None:
+    def audit(*arguments: str) -> tuple[int, str, str]:
+        done = assay("audit", *arguments, home=config.paths.home)
+        return done.returncode, done.stdout, done.stderr
+
+    assert audit() == (0, "0 of 0 entries; none was changed or removed (hashes follow from one another)\n", "")
+    log = AuditLog(config.paths.audit_log)
+    log.append("promote", actor="ann", model="a", alias="champion", version=2, from_version=1, reason="better")
+    log.append("swap", model="a", alias="champion", version=2, evidence={"requests": 64, "changed": 0.015625})
+    log.append("promote", actor="bob", model="b", alias="champion", version=1, from_version=None, reason="first")
+    code, out, _ = audit("a")
+    assert code == 0
+    assert "ann        promote    a champion 1 → 2: better" in out
+    assert "(changed 0.0156, requests 64)" in out
+    assert "bob" not in out
+    assert "2 of 3 entries" in out
+    assert len(audit("--last", "1")[1].splitlines()) == 2
+    lines = config.paths.audit_log.read_text()
+    config.paths.audit_log.write_text(lines.replace("better", "worse!"))
+    code, _, err = audit()
+    assert code == 1
+    assert "line 2 does not follow" in err
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    def keys(*arguments: str) -> tuple[int, str]:
+        done = assay("keys", *arguments, home=tmp_path)
+        return done.returncode, done.stdout
+
+    code, key = keys("new", "shop", "--scopes", "score", "--rate", "5")
+    assert code == 0
+    assert len(key.strip()) == 43
+    listed = keys("list")[1]
+    assert "shop" in listed
+    assert key.strip() not in listed
+    assert keys("new", "shop", "--scopes", "fly")[0] == 2
+    assert keys("revoke", listed.splitlines()[1].split()[0])[0] == 0
+    assert "there is no key" in keys("list")[1]
