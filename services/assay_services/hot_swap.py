@@ -169,6 +169,10 @@ class Slot(Generic[Model]):
         if version is None or (current is not None and current.version == version):
             self.refused = None
             return False
+        if self.refused is not None and self.refused.version == version and registry.is_unchecked(name, version):
+            self._failed.pop(
+                CHAMPION, None
+            )  # whoever promotes it again, unchecked, does not wait until it is tried again
         loaded = self._loaded(registry, name, version, CHAMPION)
         if loaded is None:
             return False

@@ -173,6 +173,15 @@ def test_whoever_promotes_unchecked_gets_it_at_once(registry: Aliases, audit: Au
     assert move(registry, off, 3).version == 3
 
 
+def test_a_refused_version_that_is_promoted_again_unchecked_answers_at_once(registry: Aliases, audit: AuditLog) -> None:
+    slot = slot_of(audit)
+    move(registry, slot, 2)
+    asked(slot)
+    assert move(registry, slot, 3).version == 2
+    registry.unchecked.add(3)
+    assert move(registry, slot, 3).version == 3
+
+
 def test_few_requests_are_no_evidence_of_a_distribution() -> None:
     few = [{"x": i / 10} for i in range(10)]
     evidence = rehearse(Version("", Path("2")), Version("", Path("3")), few, Rollout())
