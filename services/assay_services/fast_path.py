@@ -25,6 +25,7 @@ from assay_services.idempotency import KEY
 from assay_services.problems import MEDIA_TYPE, problem_bytes, problem_of
 from assay_services.recommend import ItemRecommender
 from assay_services.schemas import FraudResponse, FraudScore, ModelRef, RecommendResponse
+from assay_services.whole_body import read_body
 
 _MAX_COUNTERFACTUALS = 10
 _TIMEOUT = b"x-timeout-ms"
@@ -125,12 +126,9 @@ class FastPath:
             await _send(send, 503, _FULL, _PROBLEM, _RETRY)
             return
         try:
-            content, more = b"", True
-            while more:
-                message = await receive()
-                if message["type"] != "http.request":
-                    return  # the caller has gone
-                content, more = content + message.get("body", b""), message.get("more_body", False)
+            content = await read_body(receive)
+            if content is None:
+                return
             if route.queue.num_waiting < _CROWD:
                 answer = await route.answer(content, timeout)
             elif (found := await _unless_gone(receive, route.answer(content, timeout))) is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from assay_services.problems import MEDIA_TYPE, problem_bytes
 from assay_services.schemas import Record
+from assay_services.whole_body import given_again, read_body
 
 KEY = b"idempotency-key"
 _MAX_KEY_BYTES = 200
@@ -60,12 +61,9 @@ class Idempotency:
         if not 0 < len(key) <= _MAX_KEY_BYTES or not key.isascii():
             await _refuse(send, 422, f"Idempotency-Key: 1 to {_MAX_KEY_BYTES} ASCII characters are allowed")
             return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the caller has gone
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+        body = await read_body(receive)
+        if body is None:
+            return
         caller = scope.get("state", {}).get("caller")
         place = (scope["path"], "" if caller is None else caller.id, key)
         digest = hashlib.sha256(body).digest()
@@ -85,21 +83,14 @@ class Idempotency:
         self, place: tuple[str, str, bytes], kept: _Kept, body: bytes, scope: dict[str, Any], receive: Any, send: Any
     ) -> None:
         self._kept[place] = kept
-        given, messages = False, []
-
-        async def again() -> Any:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+        messages: list[dict[str, Any]] = []
 
         async def noted(message: Any) -> None:
             messages.append(message)
             await send(message)
 
         try:
-            await self._app(scope, again, noted)
+            await self._app(scope, given_again(body, receive), noted)
         finally:
             if messages and messages[0]["status"] < 300 and not messages[-1].get("more_body", False):
                 start = {**messages[0], "headers": [*messages[0]["headers"], (b"idempotent-replayed", b"true")]}

@@ -27,6 +27,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from assay_services.problems import MEDIA_TYPE, problem_bytes
+from assay_services.whole_body import given_again, read_body
 
 _WRITES = ("/v1/events", "/v1/labels")
 _PASSED_ON = (b"content-type", b"x-api-key", b"authorization", b"idempotency-key", b"x-request-id")
@@ -155,12 +156,9 @@ class HandOver:
         if not writes or self._siblings.is_writer():
             await self._app(scope, receive, send)
             return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+        body = await read_body(receive)
+        if body is None:
+            return
         headers = [(name, value) for name, value in scope["headers"] if name in _PASSED_ON]
         answer = await self._siblings.hand_over(scope["path"], headers, body)
         if answer is not None:
@@ -170,16 +168,7 @@ class HandOver:
             await send({"type": "http.response.start", "status": answer.status_code, "headers": passed})
             await send({"type": "http.response.body", "body": answer.content})
             return
-        given = False
-
-        async def again() -> Any:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, again, send)
+        await self._app(scope, given_again(body, receive), send)
 
 
 def merged(own: Iterable[Metric], others: dict[str, list[Metric]], own_name: str) -> list[Metric]:
