@@ -344,22 +344,39 @@ def _guarded(call: argparse.Namespace) -> int:
 
         with heeding_ctrl_c():
             return wiring.dispatch(call)
-    except InputError as error:
-        complain(f"assay: {error}")
-        return 2
-    except AssayError as error:
-        complain(f"assay: {error}")
-        return 1
     except KeyboardInterrupt:
-        complain("assay: stopped")
-        # Every block has cleaned up on the way here. Ray's native threads, cut off in the middle of starting or
-        # stopping, can crash a regular interpreter shutdown, so the process ends at once.
-        sys.stdout.flush()
-        os._exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone; point stdout elsewhere so that its flush at exit stays silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _stopped()
+    except Exception as error:
+        # A library that cleans up on the way out of a Ctrl-C may fail at it and hide what it cleaned up for.
+        if _is_behind(KeyboardInterrupt, error):
+            return _stopped()
+        if isinstance(error, AssayError):
+            complain(f"assay: {error}")
+            return 2 if isinstance(error, InputError) else 1
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone; point stdout elsewhere so that its flush at exit stays silent.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        raise
+
+
+def _stopped() -> NoReturn:
+    """Every block has cleaned up on the way here.
+
+    Ray's native threads, cut off in the middle of starting or stopping, can crash a regular interpreter shutdown, so
+    the process ends at once.
+    """
+    complain("assay: stopped")
+    sys.stdout.flush()
+    os._exit(130)
+
+
+def _is_behind(kind: type[BaseException], error: BaseException) -> bool:
+    """Whether an error was raised while one of this kind was handled."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, kind):
+        behind = behind.__cause__ or behind.__context__
+    return behind is not None
 
 
 def print_json(value: object) -> None:

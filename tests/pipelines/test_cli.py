@@ -114,6 +114,24 @@ def test_ctrl_c_stops_cleanly_with_exit_code_130(tmp_path: Path, fraud_files: tu
     assert "Traceback" not in rest
 
 
+def test_a_cleanup_that_fails_on_the_way_out_of_ctrl_c_does_not_hide_it() -> None:
+    program = """
+import sys
+from assay_pipelines import cli, wiring
+
+def stopped_within_a_transaction(call):
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise RuntimeError("the transaction cannot be rolled back")
+
+wiring.dispatch = stopped_within_a_transaction
+cli.main(["models"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "assay: stopped\n")
+
+
 @pytest.fixture
 def sigint() -> Iterator[Callable[[Any], Any]]:
     """Sets what SIGINT does; what it did comes back. A shell's background job, as a test run may be, ignores it."""
