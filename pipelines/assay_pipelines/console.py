@@ -30,12 +30,16 @@ def heeding_ctrl_c() -> Iterator[None]:
     """Inside of the block Ctrl-C ends the work at the next stage at the latest.
 
     Python drops a KeyboardInterrupt that comes while it runs a callback of a weak reference, as imports have many of;
-    the work would go on as if nobody had asked.
+    the work would go on as if nobody had asked. What it prints of such a one is left out.
     """
 
     def stop(_number: int, _frame: Any) -> None:
         _asked_to_stop.set()
         raise KeyboardInterrupt
+
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            tell(what)
 
     _asked_to_stop.clear()
     # Who ignores Ctrl-C, as a shell's background job does, goes on ignoring it; only the main thread may ask.
@@ -43,11 +47,13 @@ def heeding_ctrl_c() -> Iterator[None]:
     if not is_ours or threading.current_thread() is not threading.main_thread():
         yield
         return
+    tell, sys.unraisablehook = sys.unraisablehook, dropped
     signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = tell
 
 
 def _stop_if_asked() -> None:

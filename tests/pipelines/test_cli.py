@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,32 @@ def test_a_ctrl_c_that_python_dropped_ends_the_next_stage(sigint: Callable[[Any]
     with heeding_ctrl_c(), reporter.stage("load", "Read"):
         pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_python_prints_of_a_ctrl_c_that_it_dropped_is_left_out(
+    sigint: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Thing:
+        """Can be referred to weakly."""
+
+    def drop(raises: Callable[[], None]) -> None:
+        thing = Thing()
+        _held = weakref.ref(thing, lambda _: raises())
+        del thing
+
+    def fail() -> None:
+        raise ValueError("a real one")
+
+    sigint(signal.default_int_handler)
+    told = sys.unraisablehook
+    sys.unraisablehook = lambda what: sys.stderr.write(f"{what.exc_value}\n")
+    try:
+        with heeding_ctrl_c():
+            drop(lambda: signal.raise_signal(signal.SIGINT))
+            drop(fail)
+    finally:
+        sys.unraisablehook = told
+    assert capsys.readouterr().err == "a real one\n"
 
 
 def test_who_ignores_ctrl_c_goes_on_ignoring_it(sigint: Callable[[Any], Any]) -> None:
