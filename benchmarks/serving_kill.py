@@ -102,7 +102,7 @@ def main() -> None:
 
             def workers() -> list[int]:
                 text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S).text
-                return sorted({int(pid) for pid in re.findall(r'worker="(\d+)"', text)})
+                return sorted({int(pid) for pid in re.findall(r'assay_model_version\{.*worker="(\d+)"', text)})
 
             while len(workers()) < 2:
                 time.sleep(0.5)

@@ -2,19 +2,15 @@
 
 import argparse
 import ipaddress
-import json
-import logging
 import os
 import socket
 import sys
 from dataclasses import replace
-from typing import Any
 
 from assay_platform.config import Config, Service, load_config
 from assay_platform.errors import AssayError, ConfigError, InputError
 
-# Which models the processes of a service answer with, as JSON.
-_SERVED = "ASSAY_SERVED_MODELS"
+from assay_services.children import log_to_stderr
 
 
 def main() -> int:
@@ -28,7 +24,7 @@ def main() -> int:
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--new-key")
     call = parser.parse_args()
-    _log_to_stderr()
+    log_to_stderr()
     try:
         config = load_config()
         service = config.service
@@ -78,52 +74,12 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
         os.environ.setdefault(name, "1")
     # Threads that are done sleep instead of keeping a core busy, which the next request needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ[_SERVED] = json.dumps([call.fraud, call.recommend])
-    import uvicorn
-    from uvicorn.supervisors import Multiprocess
+    from assay_services.supervisor import serve
 
     scheme = "https" if service.tls_certificate else "http"
     sys.stdout.write(f"Assay answers on {scheme}://{service.host}:{port}  docs: /docs  (Ctrl-C stops it)\n")
     sys.stdout.flush()
-    settings = uvicorn.Config(
-        "assay_services.__main__:application",
-        factory=True,
-        workers=service.workers,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=10,
-        # A worker that imports its libraries on busy cores is alive.
-        timeout_worker_healthcheck=30,
-        server_header=False,
-        ssl_certfile=service.tls_certificate or None,
-        ssl_keyfile=service.tls_key or None,
-    )
-    try:
-        if service.workers > 1:
-            # Starts a worker again that has ended; all of them accept from one socket, so none that waits is lost.
-            Multiprocess(settings, sockets=[listener]).run()
-        else:
-            uvicorn.Server(settings).run(sockets=[listener])
-    except KeyboardInterrupt:
-        return
-
-
-def application() -> Any:
-    """The application of this process, with the settings that `assay serve` was called with."""
-    import torch
-
-    from assay_services.app import create_app, make_dependencies
-
-    _log_to_stderr()
-    torch.set_num_threads(1)
-    fraud, recommend = json.loads(os.environ.get(_SERVED, "[null, null]"))
-    return create_app(make_dependencies(load_config(), fraud=fraud, recommend=recommend))
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "mlflow", "alembic", "feast"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    serve(config, listener, fraud=call.fraud, recommend=call.recommend)
 
 
 def _bind(host: str, port: int) -> socket.socket:

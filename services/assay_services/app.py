@@ -1,41 +1,24 @@
-"""The scoring application: `create_app(deps)` is plain ASGI, alone in a process or inside Ray Serve.
+"""The routes of the scoring application, plain FastAPI. `alone` puts it in one process, `scorer` behind a front."""
 
-Scores and lists take the fast path: body → queue → one call for all that wait → JSON, see `fast_path` and `batching`.
-"""
-
-import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
-from assay_features.feast.repository import FeatureRepository
-from assay_features.stream import StreamSettings
-from assay_platform.config import Config
 from assay_platform.errors import DataError
 from assay_platform.monitoring.alarms import Finding
-from assay_platform.monitoring.metrics import ServiceMetrics, render
-from assay_platform.storage.tiered import TieredStore
-from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
-from assay_platform.tracking.records import DecisionRecords
+from assay_platform.monitoring.metrics import render
+from assay_platform.tracking import CHAMPION
 from fastapi import FastAPI, Request, Response
-from fastapi.middleware import Middleware
+from fastapi.concurrency import run_in_threadpool
 
 from assay_services import bodies
 from assay_services.admin import admin_routes
-from assay_services.answering import ListJob, ScoreJob, make_lists, score_jobs
-from assay_services.auth import KeyStore
-from assay_services.batching import Batcher, BatchLimits
-from assay_services.fast_path import Answers, FastPath
+from assay_services.answering import Answering
+from assay_services.dependencies import Dependencies
 from assay_services.fraud import FraudScorer
-from assay_services.hot_swap import Follower, Loaded, Slot
-from assay_services.idempotency import Idempotency, named_by
-from assay_services.limits import Gatekeeper
+from assay_services.idempotency import named_by
 from assay_services.problems import ProblemError, install
-from assay_services.recommend import ItemRecommender
 from assay_services.schemas import (
     DecisionRecord,
     DriftFinding,
@@ -43,7 +26,6 @@ from assay_services.schemas import (
     EventsRequest,
     EventsResponse,
     FraudResponse,
-    FraudScore,
     ItemsRequest,
     ItemsResponse,
     LabelsRequest,
@@ -54,7 +36,7 @@ from assay_services.schemas import (
     Problem,
     RecommendResponse,
 )
-from assay_services.siblings import HandOver, Siblings, merged
+from assay_services.siblings import merged
 
 _PROBLEMS: dict[int | str, dict[str, object]] = {
     code: {"model": Problem, "description": text}
@@ -69,180 +51,34 @@ _PROBLEMS: dict[int | str, dict[str, object]] = {
 }
 
 
-_FIRST_LOOK_S = 60.0
-# What one process writes the others read within this.
-_STREAM = StreamSettings(checkpoint_s=0.25)
-
-
-@dataclass(frozen=True)
-class Dependencies:
-    """All that the application needs from outside."""
-
-    config: Config
-    keys: KeyStore
-    metrics: ServiceMetrics
-    fraud: Slot[FraudScorer]
-    recommend: Slot[ItemRecommender]
-    follower: Follower
-    siblings: Siblings
-    audit: AuditLog
-    scores: Batcher[ScoreJob, list[FraudScore]]
-    lists: Batcher[ListJob, RecommendResponse]
-    close_stores: Callable[[], None] = lambda: None
-
-    def close(self) -> None:
-        """Answer who waits, then write what is in memory."""
-        self.scores.close()
-        self.lists.close()
-        self.close_stores()
-        self.siblings.stop()
-
-
-@dataclass
-class _Repositories:
-    """Feature repositories, one a model name, shared by its versions: one connection, one lock."""
-
-    root: Path
-    may_write: Callable[[], bool]
-    _open: dict[str, FeatureRepository] = field(default_factory=dict)
-    _records: dict[str, DecisionRecords] = field(default_factory=dict)
-
-    def get(self, name: str) -> FeatureRepository:
-        if name not in self._open:
-            self._open[name] = FeatureRepository(self.root / name, stream=_STREAM, may_write=self.may_write)
-        return self._open[name]
-
-    def records(self, name: str) -> DecisionRecords:
-        """Where decisions of a model name are kept."""
-        if name not in self._records:
-            self._records[name] = DecisionRecords(self.root / name / "records")
-        return self._records[name]
-
-    def take_over(self) -> None:
-        """Recover what a process that wrote the features has left, if this one writes now."""
-        if self.may_write():
-            for repository in list(self._open.values()):
-                repository.take_over()
-
-    def tiers(self) -> dict[str, TieredStore]:
-        """The tiers of those in use."""
-        return {name: repository.tiers for name, repository in list(self._open.items())}
-
-    def close(self) -> None:
-        """Write what is in memory."""
-        for repository in self._open.values():
-            repository.close()
-        for records in self._records.values():
-            records.close()
-
-
-def make_dependencies(config: Config, *, fraud: str | None = None, recommend: str | None = None) -> Dependencies:
-    """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion."""
-    metrics = ServiceMetrics()
-    siblings = Siblings(config.paths.home)
-    repositories = _Repositories(config.paths.feature_repositories, siblings.is_writer)
-    metrics.watch_tiers(repositories.tiers)
-    metrics.watch_tasks(config.paths.tasks)
-    service, audit = config.service, AuditLog(config.paths.audit_log)
-    limits = BatchLimits(max_batch_s=service.max_batch_ms / 1e3, max_wait_s=service.max_wait_ms / 1e3)
-    scores: Batcher[ScoreJob, list[FraudScore]] = Batcher(
-        score_jobs, limits, name="scores", on_batch=metrics.on_batch("fraud")
-    )
-    # A list is made for one user at a time.
-    one_by_one = replace(limits, max_batch_s=1e-9)
-    lists: Batcher[ListJob, RecommendResponse] = Batcher(
-        make_lists, one_by_one, name="lists", on_batch=metrics.on_batch("recommend")
-    )
-    metrics.watch_queues(lambda: {"fraud": scores.num_waiting, "recommend": lists.num_waiting})
-
-    def learn(loaded: Loaded[FraudScorer]) -> None:
-        for explain, rows, seconds in loaded.model.call_seconds:
-            scores.learn((loaded.version, explain), rows, seconds)
-
-    fraud_slot: Slot[FraudScorer] = Slot(
-        "fraud",
-        lambda name, folder: FraudScorer.load(folder, repositories.get(name), repositories.records(name)),
-        metrics,
-        pinned_name=fraud,
-        rollout=config.rollout,
-        audit=audit,
-        on_loaded=learn,
-    )
-    recommend_slot: Slot[ItemRecommender] = Slot(
-        "recommend",
-        lambda name, folder: ItemRecommender.load(folder, repositories.get(name)),
-        metrics,
-        pinned_name=recommend,
-        rollout=config.rollout,
-        audit=audit,
-    )
-    slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
-    metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
-
-    def each_time() -> None:
-        repositories.take_over()
-        if recommend_slot.current is not None:
-            recommend_slot.current.model.catch_up()
-        if fraud_slot.current is not None and (watch := fraud_slot.current.model.watch) is not None and watch.look():
-            metrics.drifted(watch.seen.findings, watch.seen.alarms)
-
-    follower = Follower(
-        lambda: ModelRegistry(config.tracking_uri, audit),
-        [fraud_slot, recommend_slot],
-        poll_s=service.poll_registry_s,
-        each_time=each_time,
-    )
-    keys = KeyStore(config.paths.api_keys)
-    return Dependencies(
-        config, keys, metrics, fraud_slot, recommend_slot, follower, siblings, audit, scores, lists, repositories.close
-    )
-
-
-def create_app(deps: Dependencies) -> Gatekeeper:
-    """Build the application, plain ASGI; the follower runs from its start-up to its shutdown."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        deps.siblings.start(front)
-        deps.follower.start()
-        # A server accepts when this is over. Until then others on its port answer, or requests wait for the first model
-        # instead of being sent away.
-        await asyncio.to_thread(deps.follower.first_look.wait, _FIRST_LOOK_S)
-        yield
-        deps.follower.stop()
-        deps.close()
-
+def application(deps: Dependencies) -> FastAPI:
+    """All routes, each answered at once: what queues, counts and refuses requests stands in front."""
     service = deps.config.service
     app = FastAPI(
         title="Assay",
         version=version("assay"),
         summary="Scores what to recommend and whom to trust.",
-        lifespan=lifespan,
         redoc_url=None,
-        middleware=[Middleware(Idempotency), Middleware(HandOver, siblings=deps.siblings)],
     )
     install(app)
     app.include_router(admin_routes(deps.config, deps.audit, deps.follower.look_now))
-
-    answers = Answers(deps.fraud, deps.recommend, deps.scores, deps.lists, deps.metrics, service.max_batch)
 
     def check_batch(num_events: int) -> None:
         if num_events > service.max_batch:
             raise DataError(f"events: {num_events} in one request; at most {service.max_batch} are allowed")
 
+    # Neither of the two is called where the fast path is in front, which knows the same answers.
     @app.post("/v1/fraud/score", response_model=FraudResponse, responses=_PROBLEMS, openapi_extra=bodies.FRAUD.openapi)
     async def score(request: Request) -> Response:
         """Calibrated fraud probabilities, decisions and, with `explain`, additive reasons."""
-        content = await answers.score(await request.body(), _timeout(request))
-        return Response(content, media_type="application/json")
+        return await _answered(deps.scores, request)
 
     @app.post(
         "/v1/recommend", response_model=RecommendResponse, responses=_PROBLEMS, openapi_extra=bodies.RECOMMEND.openapi
     )
     async def recommend(request: Request) -> Response:
         """The best items for a user; a popular list for somebody of whom nothing is known."""
-        content = await answers.recommend_items(await request.body(), _timeout(request))
-        return Response(content, media_type="application/json")
+        return await _answered(deps.lists, request)
 
     @app.post("/v1/events", status_code=202, responses=_PROBLEMS)
     def events(body: EventsRequest, request: Request) -> EventsResponse:
@@ -374,17 +210,9 @@ def create_app(deps: Dependencies) -> Gatekeeper:
             text = render(merged(deps.metrics.registry.collect(), others, str(os.getpid())))
         return Response(text, media_type="text/plain; version=0.0.4")
 
-    # In front of the framework, which takes three times as long as these.
-    front = Gatekeeper(
-        FastPath(app, answers=answers),
-        keys=deps.keys,
-        metrics=deps.metrics,
-        max_body_bytes=service.max_body_bytes,
-        max_requests_per_s=service.max_requests_per_s,
-    )
-    return front
+    return app
 
 
-def _timeout(request: Request) -> bytes | None:
-    value = request.headers.get("x-timeout-ms")
-    return None if value is None else value.encode()
+async def _answered(answering: Answering[Any, Any], request: Request) -> Response:
+    (reply,) = await run_in_threadpool(answering, None, [await request.body()])
+    return Response(reply.body, reply.status, {name.decode(): value.decode() for name, value in reply.headers})

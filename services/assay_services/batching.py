@@ -49,14 +49,18 @@ class DeadlinePassedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """max_batch_s: what one batch may take. max_wait_s: who would wait longer is refused. max_waiting: requests."""
+    """max_batch_s: what one batch may take. max_wait_s: who would wait longer is refused. max_waiting: requests.
+
+    max_rows: in one batch, whatever it may take.
+    """
 
     max_batch_s: float = 0.05
     max_wait_s: float = 0.25
     max_waiting: int = 4096
+    max_rows: int = 1_000_000
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_s", "max_wait_s", "max_waiting"):
+        for name in ("max_batch_s", "max_wait_s", "max_waiting", "max_rows"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
 
@@ -112,6 +116,7 @@ class Waiting(Generic[Job]):
     until: float
     gone: Callable[[], bool] = lambda: False
     answer: Any = None  # where the answer goes; the queue does not look at it
+    attempts: int = 0
 
 
 class Batch(NamedTuple, Generic[Job]):
@@ -129,20 +134,25 @@ class Batch(NamedTuple, Generic[Job]):
 
 @dataclass
 class BatchQueue(Generic[Job]):
-    """Who waits, for how long, and who comes next. Not thread-safe. Times are seconds of whatever clock."""
+    """Who waits, for how long, and who comes next. Not thread-safe. Times are seconds of whatever clock.
+
+    Batches are taken by whoever works on one at a time: a thread, or one of several processes.
+    """
 
     limits: BatchLimits
     costs: dict[Hashable, CallCost] = field(default_factory=dict)
     _waiting: dict[Hashable, deque[Waiting[Job]]] = field(default_factory=dict)
     _rows: dict[Hashable, int] = field(default_factory=dict)
-    _busy_until: float = -math.inf
+    _busy_until: dict[Hashable, float] = field(default_factory=dict)  # worker → when its batch should be done
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._waiting.values())
 
     def wait_s(self, now: float) -> float:
         """How long a request that comes now waits for its call to begin."""
-        return max(0.0, self._busy_until - now) + sum(self._work_s(shape) for shape in self._waiting)
+        under_way_s = sum(max(0.0, until - now) for until in self._busy_until.values())
+        waiting_s = sum(self._work_s(shape) for shape in self._waiting)
+        return (under_way_s + waiting_s) / max(1, len(self._busy_until))
 
     def has_room(self, now: float) -> bool:
         """Whether `check_room` lets a request pass."""
@@ -173,14 +183,16 @@ class BatchQueue(Generic[Job]):
         self._waiting.setdefault(shape, deque()).append(one)
         self._rows[shape] = self._rows.get(shape, 0) + one.rows
 
-    def take(self, now: float) -> Batch[Job] | None:
-        """What to answer next; None if nobody waits. A request with more rows than a batch should have goes alone."""
+    def take(self, now: float, worker: Hashable = None) -> Batch[Job] | None:
+        """What a worker is to answer next; None if nobody waits. A request with more rows than a batch should have goes
+        alone.
+        """
         oldest = min(((queue[0].since, shape) for shape, queue in self._waiting.items() if queue), default=None,
                      key=lambda pair: pair[0])  # fmt: skip
         if oldest is None:
             return None
         _, shape = oldest
-        queue, room = self._waiting[shape], self._cost(shape).rows_within(self.limits.max_batch_s)
+        queue, room = self._waiting[shape], self._room(shape)
         batch: Batch[Job] = Batch(shape, [], [])
         while queue and (not batch.taken or queue[0].rows <= room):
             one = queue.popleft()
@@ -192,14 +204,28 @@ class BatchQueue(Generic[Job]):
                 continue
             batch.taken.append(one)
             room -= one.rows
-        self._busy_until = now + self._cost(shape).seconds(batch.rows) if batch.taken else now
+        self._busy_until[worker] = now + self._cost(shape).seconds(batch.rows) if batch.taken else now
         return batch
 
-    def done(self, batch: Batch[Job], seconds: float, now: float) -> None:
+    def done(self, batch: Batch[Job], seconds: float, now: float, worker: Hashable = None) -> None:
         """The call of a batch took so long."""
-        self._busy_until = now
+        self._busy_until[worker] = now
         if batch.taken:
             self._cost(batch.shape).observe(batch.rows, seconds)
+
+    def lost(self, batch: Batch[Job] | None, worker: Hashable) -> None:
+        """A worker has gone, and what it had taken waits again, in front."""
+        self._busy_until.pop(worker, None)
+        if batch is not None:
+            self._waiting.setdefault(batch.shape, deque()).extendleft(reversed(batch.taken))
+            self._rows[batch.shape] = self._rows.get(batch.shape, 0) + batch.rows
+
+    def all_gone(self) -> list[Waiting[Job]]:
+        """Whoever waits, and waits no longer."""
+        found = [one for queue in self._waiting.values() for one in queue]
+        self._waiting.clear()
+        self._rows.clear()
+        return found
 
     def _cost(self, shape: Hashable) -> CallCost:
         return self.costs.setdefault(shape, CallCost())
@@ -208,7 +234,11 @@ class BatchQueue(Generic[Job]):
         rows, cost = self._rows.get(shape, 0), self._cost(shape)
         if not rows or not cost.is_known:
             return 0.0  # nobody is refused on a guess
-        return math.ceil(rows / cost.rows_within(self.limits.max_batch_s)) * cost.fixed_s + rows * cost.a_row_s
+        return math.ceil(rows / self._room(shape)) * cost.fixed_s + rows * cost.a_row_s
+
+    def _room(self, shape: Hashable) -> int:
+        """Rows of a batch."""
+        return min(self.limits.max_rows, self._cost(shape).rows_within(self.limits.max_batch_s))
 
 
 class Batcher(Generic[Job, Result]):
@@ -240,11 +270,6 @@ class Batcher(Generic[Job, Result]):
         """Whether a request that comes now may be taken on, before anybody looks at what it wants."""
         with self._changed:
             return self._queue.has_room(self._clock())
-
-    def learn(self, shape: Hashable, rows: int, seconds: float) -> None:
-        """What a call was measured to take elsewhere, such as when a model was loaded."""
-        with self._changed:
-            self._queue.costs.setdefault(shape, CallCost()).observe(rows, seconds)
 
     async def submit(self, job: Job, *, rows: int, shape: Hashable = None, within_s: float = math.inf) -> Result:
         """The answer to a request. within_s: after which nobody needs it.

@@ -33,6 +33,25 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
     context: Record = {}
 
 
+class Glance(msgspec.Struct):
+    """What a body wants, without reading what it holds; whatever does not fit is said where it is read."""
+
+    events: list[msgspec.Raw] = []
+    explain: bool = False
+    counterfactual: bool = False
+
+
+_glance = msgspec.json.Decoder(Glance)
+
+
+def glance(content: bytes) -> Glance:
+    """Enough to queue a request."""
+    try:
+        return _glance.decode(content)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return Glance()
+
+
 class BodyReader(Generic[Wanted]):
     """Bytes → a body."""
 

@@ -60,7 +60,8 @@ def _builder(config: Config, fraud: str | None, recommend: str | None) -> Any:
     def build() -> Any:
         import torch
 
-        from assay_services.app import create_app, make_dependencies
+        from assay_services.alone import create_app
+        from assay_services.dependencies import make_dependencies
 
         torch.set_num_threads(1)
         return create_app(make_dependencies(config, fraud=fraud, recommend=recommend))

@@ -65,7 +65,6 @@ class FraudScorer:
         self._reasons = ReasonWriter(plan, model.feature_names, usual=model.reference_columns())
         self._rules, self._records, self.watch = rules, records, watch
         self._choices = choices
-        self.call_seconds: list[tuple[bool, int, float]] = []  # with reasons or not, rows, seconds
         self._feasible = choices.feasible(schema.limits, schema.numeric, schema.keys)
 
     @staticmethod
@@ -90,9 +89,6 @@ class FraudScorer:
             for num_rows in (1, _MANY_ROWS):
                 event = {**record, schema.timestamp: 0}
                 scorer.score([event] * num_rows, explain=explain)
-                began = time.perf_counter()
-                scorer.score([event] * num_rows, explain=explain)
-                scorer.call_seconds.append((explain, num_rows, time.perf_counter() - began))
         return scorer
 
     def score(self, records: list[Record], *, explain: bool, keep_as: ModelRef | None = None) -> list[FraudScore]:

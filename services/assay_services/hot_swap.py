@@ -92,14 +92,13 @@ class Slot(Generic[Model]):
         pinned_name: str | None = None,
         rollout: Rollout | None = None,
         audit: AuditLog | None = None,
-        on_loaded: Callable[[Loaded[Model]], None] = lambda loaded: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """load: (model name, artifact folder) → a model that has answered once. pinned_name: else the
-        application's newest champion is chosen when there is one, and kept. on_loaded: before a version answers.
+        application's newest champion is chosen when there is one, and kept.
         """
         self.application = application
-        self._load, self._metrics, self._on_loaded, self._clock = load, metrics, on_loaded, clock
+        self._load, self._metrics, self._clock = load, metrics, clock
         self._name, self._rollout, self._audit = pinned_name, rollout or Rollout(), audit
         self._current: Loaded[Model] | None = None
         self._challenger: Loaded[Model] | None = None
@@ -182,7 +181,6 @@ class Slot(Generic[Model]):
         if evidence.objections:
             self._refuse(loaded, evidence)
             return False
-        self._on_loaded(loaded)
         # A model and the libraries it needs are millions of objects that stay. Looked through again and again by the
         # collector, they stopped every request for a third of a second several times a minute.
         gc.freeze()
@@ -205,7 +203,6 @@ class Slot(Generic[Model]):
             return
         loaded = self._loaded(registry, name, version, CHALLENGER)
         if loaded is not None:
-            self._on_loaded(loaded)
             self._aside.clear()
             self._challenger = loaded
             self._record("challenge", loaded, share=self._rollout.canary_share, shadow=self._rollout.shadow)

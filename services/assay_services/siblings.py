@@ -4,8 +4,8 @@ Features have one writer (`EventStream`). The process that holds `writer.lock` i
 over to it and read what it has written within a moment. When it ends, however it ends, the system gives the lock free,
 and whoever notices first takes over: states that it had in memory are made again from the log.
 
-Every process also listens on a Unix socket of its own, in a folder that this user alone can open; requests that come in
-there are checked like all others.
+Every process also listens on a Unix socket of its own, in a folder that this user alone can open. What comes in there
+was checked by the process that it came to (`inner`).
 """
 
 import asyncio
@@ -26,14 +26,30 @@ from assay_platform.errors import StorageError
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from assay_services.problems import MEDIA_TYPE, problem_bytes
+from assay_services.inner import InnerClient, Trusting
+from assay_services.problems import ProblemError
+from assay_services.replies import Reply, refusal, send_reply
 from assay_services.whole_body import given_again, read_body
 
 _WRITES = ("/v1/events", "/v1/labels")
-_PASSED_ON = (b"content-type", b"x-api-key", b"authorization", b"idempotency-key", b"x-request-id")
 _TRY_LOCK_S, _PATIENCE_S, _PAUSE_S = 0.2, 5.0, 0.05
 _OWN = "/metrics?own"
 _log = logging.getLogger("assay.service")
+
+
+def sockets_of(home: Path) -> Path:
+    """The folder of the sockets of a home folder's processes, made if it is not there.
+
+    Raises:
+        StorageError: it belongs to somebody else.
+    """
+    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
+    # Paths of sockets are short, and home folders need not be.
+    folder = Path(tempfile.gettempdir()) / f"assay-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+        raise StorageError(f"{folder}: is not this user's alone; remove it")
+    return folder
 
 
 class Siblings:
@@ -41,10 +57,8 @@ class Siblings:
 
     def __init__(self, home: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._home, self._clock = home, clock
-        name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
-        # Paths of sockets are short, and home folders need not be.
-        self._folder = Path(tempfile.gettempdir()) / f"assay-{os.getuid()}-{name}"
-        self._socket = self._folder / f"{os.getpid()}.sock"
+        self._folder = sockets_of(home)
+        self.socket = self._folder / f"{os.getpid()}.sock"
         self._mutex = threading.Lock()
         self._lock: IO[str] | None = None
         self._tried_at = -_TRY_LOCK_S
@@ -72,16 +86,11 @@ class Siblings:
             return self._lock is not None
 
     def start(self, app: Any) -> None:
-        """Listen to the others.
-
-        Raises:
-            StorageError: the folder of sockets belongs to somebody else.
-        """
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        if self._folder.stat().st_uid != os.getuid() or self._folder.stat().st_mode & 0o077:
-            raise StorageError(f"{self._folder}: is not this user's alone; remove it")
-        self._socket.unlink(missing_ok=True)
-        config = uvicorn.Config(app, uds=str(self._socket), lifespan="off", log_level="warning", access_log=False)
+        """Listen to the others. app: without keys and limits."""
+        self.socket.unlink(missing_ok=True)
+        config = uvicorn.Config(
+            Trusting(app), uds=str(self.socket), lifespan="off", log_level="warning", access_log=False
+        )
         self._server = uvicorn.Server(config)
         # In a thread of its own: uvicorn leaves signals alone there.
         self._thread = threading.Thread(target=self._server.run, name="assay-siblings", daemon=True)
@@ -93,21 +102,19 @@ class Siblings:
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join(timeout=15)
-            self._socket.unlink(missing_ok=True)
+            self.socket.unlink(missing_ok=True)
             self._server = None
         with self._mutex:
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None
 
-    async def hand_over(self, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> httpx.Response | None:
+    async def hand_over(self, client: InnerClient, scope: dict[str, Any], body: bytes) -> Reply | None:
         """The writer's answer; None if this process writes now. 503 if the writer went while it was answering."""
         until = self._clock() + _PATIENCE_S
         while not self.is_writer():
-            socket = self._folder / f"{self._writer()}.sock"
             try:
-                async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(socket))) as client:
-                    return await client.post(f"http://writer{path}", content=body, headers=headers, timeout=60.0)
+                return await client.ask(self._folder / f"{self._writer()}.sock", scope, body)
             except httpx.ConnectError:
                 if self._clock() > until:
                     break
@@ -117,25 +124,11 @@ class Siblings:
         else:
             return None
         detail = "the process that writes events has gone; send the same again"
-        return httpx.Response(503, content=problem_bytes(503, detail), headers={
-            "content-type": MEDIA_TYPE, "retry-after": "1"})  # fmt: skip
+        return refusal(ProblemError(503, detail, headers={"Retry-After": "1"}))
 
     def others_metrics(self) -> dict[str, list[Metric]]:
         """What the other processes count, by process id."""
-        found: dict[str, list[Metric]] = {}
-        for socket in self._folder.glob("*.sock"):
-            if socket == self._socket:
-                continue
-            try:
-                with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=5.0) as client:
-                    text = client.get(f"http://sibling{_OWN}").text
-            except httpx.ConnectError:
-                socket.unlink(missing_ok=True)  # of a process that was killed
-                continue
-            except httpx.TransportError:
-                continue
-            found[socket.stem] = list(text_string_to_metric_families(text))
-        return found
+        return metrics_in(self._folder, but=self.socket)
 
     def _writer(self) -> str:
         try:
@@ -144,11 +137,29 @@ class Siblings:
             return "nobody"
 
 
+def metrics_in(folder: Path, *, but: Path | None = None) -> dict[str, list[Metric]]:
+    """What the processes that listen in a folder count, by process id. but: a socket that is not asked."""
+    found: dict[str, list[Metric]] = {}
+    for socket in folder.glob("*.sock"):
+        if socket == but:
+            continue
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket), verify=False), timeout=5.0) as client:
+                text = client.get(f"http://sibling{_OWN}").text
+        except httpx.ConnectError:
+            socket.unlink(missing_ok=True)  # of a process that was killed
+            continue
+        except httpx.TransportError:
+            continue
+        found[socket.stem] = list(text_string_to_metric_families(text))
+    return found
+
+
 class HandOver:
     """ASGI middleware: what writes is answered by the process that writes."""
 
     def __init__(self, app: Any, *, siblings: Siblings) -> None:
-        self._app, self._siblings = app, siblings
+        self._app, self._siblings, self._client = app, siblings, InnerClient()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection."""
@@ -159,14 +170,9 @@ class HandOver:
         body = await read_body(receive)
         if body is None:
             return
-        headers = [(name, value) for name, value in scope["headers"] if name in _PASSED_ON]
-        answer = await self._siblings.hand_over(scope["path"], headers, body)
+        answer = await self._siblings.hand_over(self._client, scope, body)
         if answer is not None:
-            passed = [
-                (k.lower().encode(), v.encode()) for k, v in answer.headers.items() if k.lower() != "x-request-id"
-            ]
-            await send({"type": "http.response.start", "status": answer.status_code, "headers": passed})
-            await send({"type": "http.response.body", "body": answer.content})
+            await send_reply(send, answer)
             return
         await self._app(scope, given_again(body, receive), send)
 

@@ -508,8 +508,8 @@ def test_requests_that_come_at_once_get_what_each_would_get_alone(
         return answer.status_code, answer.json().get("scores")
 
     def batches() -> float:
-        text = service.get("/metrics").text
-        return float(text.split('assay_batch_requests_count{application="fraud"} ')[1].split()[0])
+        counted = re.findall(r'assay_batch_requests_count{application="fraud".*} (.+)', service.get("/metrics").text)
+        return sum(map(float, counted))
 
     alone = [score(event) for event in asked]
     before = batches()
@@ -579,7 +579,8 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_writes_on(
     with serving(tmp_path / "home", "--workers", "2", models=2) as (client, _):
 
         def workers() -> set[str]:
-            return set(re.findall(r'worker="(\d+)"', client.get("/metrics").text))
+            """Those that hold models."""
+            return set(re.findall(r'assay_model_version\{.*worker="(\d+)"', client.get("/metrics").text))
 
         def send(name: str) -> httpx.Response:
             """As a caller that sends the same again when nobody answers."""
@@ -603,6 +604,9 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_writes_on(
         assert str(writer) in workers()
         os.kill(writer, signal.SIGKILL)
         began = time.monotonic()
+        for _ in range(20):
+            answer = client.post("/v1/fraud/score", json={"events": [payment(files)]})
+            assert answer.status_code == 200, "whoever asks for a score does not notice"
         for i in range(20):
             assert sum(send(f"after {i}").json()["accepted"].values()) in (0, 1)
         assert time.monotonic() - began < 10

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from assay_platform.config import Config
 from assay_platform.errors import ConfigError, InputError
-from assay_services.app import create_app, make_dependencies
+from assay_services.alone import create_app
 from assay_services.auth import SCOPES, KeyStore
+from assay_services.dependencies import make_dependencies
 from assay_services.limits import TokenBucket
 from fastapi.testclient import TestClient
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from assay_services import fast_path
 from assay_services.batching import Batcher, BatchLimits
-from assay_services.fast_path import FastPath, Route
+from assay_services.fast_path import FastPath, Queues, Route, routes_to
+from assay_services.replies import Reply
 
 Message = dict[str, Any]
 
@@ -20,21 +21,16 @@ class Echo:
     def __init__(self, limits: BatchLimits) -> None:
         self.go = threading.Event()
         self.computed: list[bytes] = []
-        self.queue: Batcher[bytes, bytes] = Batcher(self._work, limits, name="echo")
-        self.app = FastPath.__new__(FastPath)
-        self.app._app = self._framework
-        self.app._routes = {"/echo": Route("/echo", self._answer, self.queue)}
+        self.queue: Batcher[bytes, Reply] = Batcher(self._work, limits, name="echo")
+        route = Route("/echo", self.queue, lambda content: (self.queue, 1, None))
+        self.app = FastPath(self._framework, {"/echo": route})
 
-    def _work(self, _: Hashable, jobs: Sequence[bytes]) -> list[bytes]:
+    def _work(self, _: Hashable, jobs: Sequence[bytes]) -> list[Reply]:
         self.go.wait(2)
-        self.computed += jobs
-        return list(jobs)
-
-    async def _answer(self, content: bytes, timeout: bytes | None) -> bytes:
-        if content == b"bug":
+        if b"bug" in jobs:
             raise RuntimeError("a bug")
-        within_s = float("inf") if timeout is None else float(timeout) / 1e3
-        return await self.queue.submit(content, rows=1, within_s=within_s)
+        self.computed += jobs
+        return [Reply(200, job, ()) for job in jobs]
 
     async def _framework(self, scope: Message, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 404, "headers": []})
@@ -75,10 +71,10 @@ def test_bodies_that_come_in_parts_are_answered_and_other_routes_go_on(echo: Ech
     echo.go.set()
     assert asyncio.run(echo.ask(b"hello")) == (200, b"hello")
     assert asyncio.run(echo.ask(b"hello", path="/other")) == (404, b"framework")
-    assert asyncio.run(echo.ask(b"hello", headers=[(b"idempotency-key", b"a")])) == (404, b"framework")
 
 
 def test_a_bug_is_an_answer_without_its_trace(echo: Echo) -> None:
+    echo.go.set()
     status, body = asyncio.run(echo.ask(b"bug"))
     assert status == 500
     assert "a bug" not in json.loads(body)["detail"]
@@ -116,3 +112,16 @@ def test_nothing_is_computed_for_a_caller_who_has_gone(echo: Echo, monkeypatch: 
 
     asyncio.run(work())
     assert echo.computed == [b"first", b"second"]
+
+
+def test_a_body_is_queued_by_what_it_wants_and_one_that_is_none_where_it_is_refused() -> None:
+    scores, searches, lists = (Batcher[bytes, Reply](lambda _, jobs: [], BatchLimits(), name=n) for n in "abc")
+    routes = routes_to(Queues(scores, searches, lists))
+    score = routes["/v1/fraud/score"].wanted
+    assert score(b'{"events": [{"a": 1}, {"a": {"b": []}}], "explain": true}') == (scores, 2, True)
+    assert score(b'{"events": [{}], "counterfactual": true}') == (searches, 1, False)
+    assert score(b'{"events": [') == (scores, 1, False)
+    assert score(b"[" * 100_000) == (scores, 1, False)
+    assert routes["/v1/recommend"].wanted(b"{}") == (lists, 1, None)
+    for queue in (scores, searches, lists):
+        queue.close()

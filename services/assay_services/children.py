@@ -1,0 +1,59 @@
+"""What the processes of a service run. Imports what they need when they are started."""
+
+import logging
+import signal
+import socket
+from pathlib import Path
+
+from assay_platform.config import Config
+
+
+def log_to_stderr() -> None:
+    """As all processes of a service do."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "mlflow", "alembic", "feast"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def run_front(config: Config, listener: socket.socket, folder: Path, name: str) -> None:
+    """Speak HTTP until SIGINT or SIGTERM."""
+    import uvicorn
+
+    from assay_services.front import Front
+    from assay_services.supervisor import end_with_parent
+
+    log_to_stderr()
+    end_with_parent()
+    service = config.service
+    settings = uvicorn.Config(
+        Front(config, folder, name),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+        ssl_certfile=service.tls_certificate or None,
+        ssl_keyfile=service.tls_key or None,
+    )
+    try:
+        uvicorn.Server(settings).run(sockets=[listener])
+    except KeyboardInterrupt:
+        return
+
+
+def run_scorer(config: Config, front: Path, fraud: str | None, recommend: str | None) -> None:
+    """Score until SIGTERM. front: the socket that gives batches."""
+    # The front answers who waits first; whoever supervises then ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    import torch
+
+    from assay_services.scorer import Scorer
+    from assay_services.supervisor import end_with_parent
+
+    log_to_stderr()
+    end_with_parent()
+    torch.set_num_threads(1)
+    scorer = Scorer(config, front, fraud=fraud, recommend=recommend)
+    scorer.start()
+    signal.sigwait({signal.SIGTERM})
+    scorer.stop()

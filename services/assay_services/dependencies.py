@@ -1,0 +1,152 @@
+"""The parts of a process that holds models, wired: slots, their follower, feature repositories, records."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from assay_features.feast.repository import FeatureRepository
+from assay_features.stream import StreamSettings
+from assay_platform.config import Config
+from assay_platform.monitoring.metrics import ServiceMetrics
+from assay_platform.storage.tiered import TieredStore
+from assay_platform.tracking import AuditLog, ModelRegistry
+from assay_platform.tracking.records import DecisionRecords
+
+from assay_services.answering import ListAnswering, ScoreAnswering
+from assay_services.fast_path import COUNTERFACTUALS, LISTS, SCORES
+from assay_services.fraud import FraudScorer
+from assay_services.hot_swap import Follower, Slot
+from assay_services.recommend import ItemRecommender
+from assay_services.replies import Reply
+from assay_services.siblings import Siblings
+
+_FIRST_LOOK_S = 60.0
+# What one process writes the others read within this.
+_STREAM = StreamSettings(checkpoint_s=0.25)
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """All that the application needs from outside. scores, lists: what answers bodies."""
+
+    config: Config
+    metrics: ServiceMetrics
+    fraud: Slot[FraudScorer]
+    recommend: Slot[ItemRecommender]
+    follower: Follower
+    siblings: Siblings
+    audit: AuditLog
+    scores: ScoreAnswering
+    lists: ListAnswering
+    close_stores: Callable[[], None] = lambda: None
+
+    def by_lane(self) -> dict[str, Callable[[Hashable, Sequence[bytes]], list[Reply]]]:
+        """What answers the bodies of each queue."""
+        return {SCORES: self.scores, COUNTERFACTUALS: self.scores, LISTS: self.lists}
+
+    def start(self, app: Any) -> None:
+        """Follow the registry, and listen to other processes. Returns when the registry was looked at once: until then
+        others on a port answer, or requests wait for the first model instead of being sent away.
+        """
+        self.siblings.start(app)
+        self.follower.start()
+        self.follower.first_look.wait(_FIRST_LOOK_S)
+
+    def stop(self) -> None:
+        """Write what is in memory. Nobody may ask any more."""
+        self.follower.stop()
+        self.close_stores()
+        self.siblings.stop()
+
+
+@dataclass
+class _Repositories:
+    """Feature repositories, one a model name, shared by its versions: one connection, one lock."""
+
+    root: Path
+    may_write: Callable[[], bool]
+    _open: dict[str, FeatureRepository] = field(default_factory=dict)
+    _records: dict[str, DecisionRecords] = field(default_factory=dict)
+
+    def get(self, name: str) -> FeatureRepository:
+        if name not in self._open:
+            self._open[name] = FeatureRepository(self.root / name, stream=_STREAM, may_write=self.may_write)
+        return self._open[name]
+
+    def records(self, name: str) -> DecisionRecords:
+        """Where decisions of a model name are kept."""
+        if name not in self._records:
+            self._records[name] = DecisionRecords(self.root / name / "records")
+        return self._records[name]
+
+    def take_over(self) -> None:
+        """Recover what a process that wrote the features has left, if this one writes now."""
+        if self.may_write():
+            for repository in list(self._open.values()):
+                repository.take_over()
+
+    def tiers(self) -> dict[str, TieredStore]:
+        """The tiers of those in use."""
+        return {name: repository.tiers for name, repository in list(self._open.items())}
+
+    def close(self) -> None:
+        """Write what is in memory."""
+        for repository in self._open.values():
+            repository.close()
+        for records in self._records.values():
+            records.close()
+
+
+def make_dependencies(config: Config, *, fraud: str | None = None, recommend: str | None = None) -> Dependencies:
+    """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion."""
+    metrics = ServiceMetrics()
+    siblings = Siblings(config.paths.home)
+    repositories = _Repositories(config.paths.feature_repositories, siblings.is_writer)
+    metrics.watch_tiers(repositories.tiers)
+    metrics.watch_tasks(config.paths.tasks)
+    service, audit = config.service, AuditLog(config.paths.audit_log)
+    fraud_slot: Slot[FraudScorer] = Slot(
+        "fraud",
+        lambda name, folder: FraudScorer.load(folder, repositories.get(name), repositories.records(name)),
+        metrics,
+        pinned_name=fraud,
+        rollout=config.rollout,
+        audit=audit,
+    )
+    recommend_slot: Slot[ItemRecommender] = Slot(
+        "recommend",
+        lambda name, folder: ItemRecommender.load(folder, repositories.get(name)),
+        metrics,
+        pinned_name=recommend,
+        rollout=config.rollout,
+        audit=audit,
+    )
+    slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
+    metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
+
+    def each_time() -> None:
+        repositories.take_over()
+        if recommend_slot.current is not None:
+            recommend_slot.current.model.catch_up()
+        if fraud_slot.current is not None and (watch := fraud_slot.current.model.watch) is not None and watch.look():
+            metrics.drifted(watch.seen.findings, watch.seen.alarms)
+
+    follower = Follower(
+        lambda: ModelRegistry(config.tracking_uri, audit),
+        [fraud_slot, recommend_slot],
+        poll_s=service.poll_registry_s,
+        each_time=each_time,
+    )
+    return Dependencies(
+        config,
+        metrics,
+        fraud_slot,
+        recommend_slot,
+        follower,
+        siblings,
+        audit,
+        ScoreAnswering(fraud_slot, metrics, service.max_batch),
+        ListAnswering(recommend_slot, metrics),
+        repositories.close,
+    )

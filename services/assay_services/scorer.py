@@ -1,0 +1,33 @@
+"""A process that holds models: it takes batches from the front, and answers every other request that the front gets."""
+
+from pathlib import Path
+
+from assay_platform.config import Config
+
+from assay_services.app import application
+from assay_services.dependencies import make_dependencies
+from assay_services.lanes import LaneWorker
+from assay_services.siblings import HandOver
+
+
+class Scorer:
+    """A thread a lane, the registry's follower, and the application on a Unix socket."""
+
+    def __init__(self, config: Config, front: Path, *, fraud: str | None = None, recommend: str | None = None) -> None:
+        """front: the socket that gives batches. fraud, recommend: see `make_dependencies`."""
+        self._deps = deps = make_dependencies(config, fraud=fraud, recommend=recommend)
+        self._workers = [
+            LaneWorker(lane, front, deps.siblings.socket, answer) for lane, answer in deps.by_lane().items()
+        ]
+
+    def start(self) -> None:
+        """Read the models, then take batches."""
+        self._deps.start(HandOver(application(self._deps), siblings=self._deps.siblings))
+        for worker in self._workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """Answer what is being answered, then write what is in memory."""
+        for worker in self._workers:
+            worker.stop()
+        self._deps.stop()
