@@ -74,6 +74,8 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
         os.environ.setdefault(name, "1")
     # Threads that are done sleep instead of keeping a core busy, which the next request needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # libuv sleeps after each connection that it accepts, so that others get some; only the front accepts here.
+    os.environ.setdefault("UV_TCP_SINGLE_ACCEPT", "0")
     from assay_services.supervisor import serve
 
     scheme = "https" if service.tls_certificate else "http"
@@ -88,7 +90,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(1024)
+        listener.listen(4096)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     return listener

@@ -120,7 +120,7 @@ class Waiting(Generic[Job]):
 
 
 class Batch(NamedTuple, Generic[Job]):
-    """Requests of one shape to be answered by one call, and those whose time has passed."""
+    """Requests of one shape to be answered by one call, and those whose time has passed or whose caller has gone."""
 
     shape: Hashable
     taken: list[Waiting[Job]]
@@ -183,9 +183,9 @@ class BatchQueue(Generic[Job]):
         self._waiting.setdefault(shape, deque()).append(one)
         self._rows[shape] = self._rows.get(shape, 0) + one.rows
 
-    def take(self, now: float, worker: Hashable = None) -> Batch[Job] | None:
+    def take(self, now: float, worker: Hashable = None, *, only_full: bool = False) -> Batch[Job] | None:
         """What a worker is to answer next; None if nobody waits. A request with more rows than a batch should have goes
-        alone.
+        alone. only_full: unless as many wait as a batch may have, and who comes later could not be in it anyway.
         """
         oldest = min(((queue[0].since, shape) for shape, queue in self._waiting.items() if queue), default=None,
                      key=lambda pair: pair[0])  # fmt: skip
@@ -193,30 +193,33 @@ class BatchQueue(Generic[Job]):
             return None
         _, shape = oldest
         queue, room = self._waiting[shape], self._room(shape)
+        if only_full and self._rows[shape] < room:
+            return None
         batch: Batch[Job] = Batch(shape, [], [])
         while queue and (not batch.taken or queue[0].rows <= room):
             one = queue.popleft()
             self._rows[shape] -= one.rows
-            if one.gone():
-                continue
-            if one.until < now:
+            if one.until < now or one.gone():
                 batch.expired.append(one)
                 continue
             batch.taken.append(one)
             room -= one.rows
-        self._busy_until[worker] = now + self._cost(shape).seconds(batch.rows) if batch.taken else now
+        free_at = max(now, self._busy_until.get(worker, now))
+        self._busy_until[worker] = free_at + (self._cost(shape).seconds(batch.rows) if batch.taken else 0.0)
         return batch
 
-    def done(self, batch: Batch[Job], seconds: float, now: float, worker: Hashable = None) -> None:
-        """The call of a batch took so long."""
-        self._busy_until[worker] = now
+    def done(
+        self, batch: Batch[Job], seconds: float, now: float, worker: Hashable = None, *, then: Batch[Job] | None = None
+    ) -> None:
+        """The call of a batch took so long. then: what the worker goes on with."""
         if batch.taken:
             self._cost(batch.shape).observe(batch.rows, seconds)
+        self._busy_until[worker] = now + (0.0 if then is None else self._cost(then.shape).seconds(then.rows))
 
-    def lost(self, batch: Batch[Job] | None, worker: Hashable) -> None:
+    def lost(self, batches: Iterable[Batch[Job]], worker: Hashable) -> None:
         """A worker has gone, and what it had taken waits again, in front."""
         self._busy_until.pop(worker, None)
-        if batch is not None:
+        for batch in reversed(list(batches)):
             self._waiting.setdefault(batch.shape, deque()).extendleft(reversed(batch.taken))
             self._rows[batch.shape] = self._rows.get(batch.shape, 0) + batch.rows
 
@@ -271,8 +274,16 @@ class Batcher(Generic[Job, Result]):
         with self._changed:
             return self._queue.has_room(self._clock())
 
-    async def submit(self, job: Job, *, rows: int, shape: Hashable = None, within_s: float = math.inf) -> Result:
-        """The answer to a request. within_s: after which nobody needs it.
+    async def submit(
+        self,
+        job: Job,
+        *,
+        rows: int,
+        shape: Hashable = None,
+        within_s: float = math.inf,
+        gone: Callable[[], bool] = lambda: False,
+    ) -> Result:
+        """The answer to a request. within_s: after which nobody needs it. gone: whether nobody needs it already.
 
         Raises:
             OverloadedError: it was not taken on.
@@ -284,7 +295,8 @@ class Batcher(Generic[Job, Result]):
             if self._closed:
                 raise OverloadedError("the service is about to stop", 1.0)
             now = self._clock()
-            self._queue.add(shape, Waiting(job, rows, now, now + within_s, future.cancelled, (loop, future)))
+            left = lambda: future.cancelled() or gone()  # noqa: E731
+            self._queue.add(shape, Waiting(job, rows, now, now + within_s, left, (loop, future)))
             self._changed.notify()
         return await future
 

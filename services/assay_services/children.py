@@ -3,9 +3,13 @@
 import logging
 import signal
 import socket
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from assay_platform.config import Config
+
+_BACKLOG = 4096
 
 
 def log_to_stderr() -> None:
@@ -19,18 +23,23 @@ def run_front(config: Config, listener: socket.socket, folder: Path, name: str) 
     """Speak HTTP until SIGINT or SIGTERM."""
     import uvicorn
 
+    from assay_services.flood import FloodProtocol
     from assay_services.front import Front
     from assay_services.supervisor import end_with_parent
 
     log_to_stderr()
     end_with_parent()
     service = config.service
+    front = Front(config, folder, name)
+    protocol: Any = partial(FloodProtocol, refuse=front.refuse)
     settings = uvicorn.Config(
-        Front(config, folder, name),
+        front,
+        http=protocol,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=10,
         server_header=False,
+        backlog=_BACKLOG,
         ssl_certfile=service.tls_certificate or None,
         ssl_keyfile=service.tls_key or None,
     )

@@ -5,9 +5,8 @@ one that is answered: else a flood of refusals would take the time that answers 
 application.
 """
 
-import asyncio
 import math
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -20,10 +19,8 @@ from assay_services.replies import Reply, refusal, send_reply
 from assay_services.whole_body import read_body
 
 _TIMEOUT = b"x-timeout-ms"
-# Requests that wait from which on it is worth noticing that a caller has gone.
-_CROWD = 64
 # Made once: under a flood most answers are this one. Waiting a second is what HTTP knows as the least.
-_FULL = refusal(OverloadedError("more requests than can be answered; come back in a second", 1.0))
+FULL = refusal(OverloadedError("more requests than can be answered; come back in a second", 1.0))
 
 
 class Queue(Protocol):
@@ -36,8 +33,10 @@ class Queue(Protocol):
     def has_room(self) -> bool:
         """Whether a request that comes now may be taken on, before anybody looks at what it wants."""
 
-    async def submit(self, job: bytes, *, rows: int, shape: Hashable, within_s: float) -> Reply:
-        """The answer to a body.
+    async def submit(
+        self, job: bytes, *, rows: int, shape: Hashable, within_s: float, gone: Callable[[], bool]
+    ) -> Reply:
+        """The answer to a body. gone: whether nobody waits for it any more.
 
         Raises:
             OverloadedError: it was not taken on.
@@ -103,32 +102,27 @@ class FastPath:
             return
         scope["route"] = route
         if not route.queue.has_room():
-            await send_reply(send, _FULL)
+            await send_reply(send, FULL)
             return
-        reply: Reply | None
         try:
             within_s = _within_s(next((value for name, value in scope["headers"] if name == _TIMEOUT), None))
             content = await read_body(receive)
             if content is None:
                 return
             queue, rows, shape = route.wanted(content)
-            answer = queue.submit(content, rows=rows, shape=shape, within_s=within_s)
-            reply = await answer if queue.num_waiting < _CROWD else await _unless_gone(receive, answer)
+            gone = scope.get("state", _NOBODY).get("gone", _stays)
+            reply = await queue.submit(content, rows=rows, shape=shape, within_s=within_s, gone=gone)
         except Exception as error:  # noqa: BLE001 - every error has an answer
             reply = refusal(error)
-        if reply is not None:
-            await send_reply(send, reply)
+        await send_reply(send, reply)
 
 
-async def _unless_gone(receive: Any, answer: Coroutine[Any, Any, Reply]) -> Reply | None:
-    """The answer; None, and no work for it, if the caller hangs up before its turn comes."""
-    task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(receive())
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
-    finally:
-        for one in (task, gone):
-            one.cancel()
+_NOBODY: dict[str, Any] = {}
+
+
+def _stays() -> bool:
+    """Of callers of whom nobody says when they hang up."""
+    return False
 
 
 def _within_s(given: bytes | None) -> float:

@@ -17,17 +17,22 @@ from assay_platform.config import Config
 from assay_platform.monitoring.metrics import ServiceMetrics, render
 
 from assay_services.auth import KeyStore
-from assay_services.fast_path import LANES, FastPath, Queues, limits_of, routes_to
+from assay_services.fast_path import FULL, LANES, FastPath, Queues, limits_of, routes_to
 from assay_services.idempotency import Idempotency
 from assay_services.inner import InnerClient
 from assay_services.lanes import Lanes, Pool
-from assay_services.limits import Gatekeeper
+from assay_services.limits import REQUEST_ID, Gatekeeper
 from assay_services.problems import ProblemError
 from assay_services.replies import JSON, Reply, refusal, send_reply
 from assay_services.siblings import merged, metrics_in
 from assay_services.whole_body import read_body
 
 _FIRST_S = 90.0
+_FULL_HEAD = b"HTTP/1.1 %d Service Unavailable\r\n%scontent-length: %d\r\n" % (
+    FULL.status,
+    b"".join(b"%s: %s\r\n" % pair for pair in FULL.headers),
+    len(FULL.body),
+)
 
 
 class Front:
@@ -43,6 +48,7 @@ class Front:
         self._metrics.watch_queues(lambda: {lane: queue.num_waiting for lane, queue in queues.items()})
         self._lanes = Lanes(folder / name, queues)
         routes = routes_to(Queues(*(queues[lane] for lane in LANES)))
+        self._queues = {route.path.encode(): route.queue for route in routes.values()}
         self._app = Gatekeeper(
             Idempotency(FastPath(self._others, routes)),
             keys=KeyStore(config.paths.api_keys),
@@ -57,6 +63,15 @@ class Front:
             await self._lifespan(receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def refuse(self, path: bytes, headers: list[tuple[bytes, bytes]]) -> bytes | None:
+        """The response to a POST for which there is no room; see `FloodProtocol`."""
+        queue = self._queues.get(path)
+        if queue is None or queue.has_room():
+            return None
+        self._metrics.answered(path.decode(), "POST", FULL.status, 0.0)
+        given = next((value for name, value in headers if name == REQUEST_ID), None)
+        return b"%s%s: %s\r\n\r\n%s" % (_FULL_HEAD, REQUEST_ID, self._app.request_id(given), FULL.body)
 
     async def _lifespan(self, receive: Any, send: Any) -> None:
         await receive()

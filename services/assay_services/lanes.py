@@ -1,7 +1,8 @@
 """Batches between the process that speaks HTTP and those that hold models.
 
 A process that scores opens a connection a kind of work, a lane, says who it is, and is sent one batch after the other:
-the front's queue gives the next one when the last one is answered. A batch whose process dies waits again, in front,
+the front's queue gives the next one when the last one is answered, and a full one before that, so that a process never
+waits for a busy front. A batch whose process dies waits again, in front,
 and goes to another or to the one that is started instead; one that two processes died of is refused. What is scored
 twice is scored alike, so nothing is lost and nothing is done twice.
 
@@ -18,6 +19,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,12 +70,18 @@ def _framed(message: msgspec.Struct) -> bytes:
 
 
 class _Lane:
-    """A connection from a process that scores. batch: what it works on."""
+    """A connection from a process that scores. batches: what it works on, and at most one after it."""
 
     def __init__(self, hello: Hello, writer: asyncio.StreamWriter) -> None:
         self.hello, self.writer = hello, writer
-        self.batch: Batch[bytes] | None = None
+        self.batches: deque[Batch[bytes]] = deque()
         self.hung: asyncio.TimerHandle | None = None
+
+    def watch(self) -> None:
+        """The process has to answer something from now on, or nothing."""
+        if self.hung is not None:
+            self.hung.cancel()
+        self.hung = asyncio.get_running_loop().call_later(_HUNG_S, _end, self.hello.pid) if self.batches else None
 
 
 class Pool:
@@ -90,7 +98,6 @@ class Pool:
         self._queue: BatchQueue[bytes] = BatchQueue(limits)
         self._on_batch, self._clock = on_batch, clock
         self._lanes: list[_Lane] = []
-        self._idle: list[_Lane] = []
         self._alone_since = -math.inf
 
     @property
@@ -107,13 +114,15 @@ class Pool:
         """Whether a request that comes now may be taken on."""
         return self._queue.has_room(self._clock())
 
-    async def submit(self, job: bytes, *, rows: int, shape: Hashable, within_s: float) -> Reply:
+    async def submit(
+        self, job: bytes, *, rows: int, shape: Hashable, within_s: float, gone: Callable[[], bool] = lambda: False
+    ) -> Reply:
         """See `Queue`."""
         now = self._clock()
         if not self._lanes and now - self._alone_since > _PATIENCE_S:
             raise _nobody()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._queue.add(shape, Waiting(job, rows, now, now + within_s, future.cancelled, future))
+        self._queue.add(shape, Waiting(job, rows, now, now + within_s, lambda: future.cancelled() or gone(), future))
         self._feed()
         return await future
 
@@ -121,7 +130,6 @@ class Pool:
         """Give a process batches until it goes."""
         lane = _Lane(hello, writer)
         self._lanes.append(lane)
-        self._idle.append(lane)
         try:
             self._feed()
             while True:
@@ -130,32 +138,35 @@ class Pool:
             self._left(lane)
 
     def _feed(self) -> None:
-        while self._idle:
-            lane = self._idle[-1]
-            batch = self._queue.take(self._clock(), lane)
-            if batch is None:
-                return
-            late = DeadlinePassedError("the answer was not ready in the time that the request gave")
-            for one in batch.expired:
-                _settle(one, error=late)
-            if not batch.taken:
-                continue
-            self._idle.pop()
-            lane.batch = batch
-            lane.hung = asyncio.get_running_loop().call_later(_HUNG_S, _end, lane.hello.pid)
+        while any(self._gave_next(lane) for lane in self._lanes):
+            pass
+
+    def _gave_next(self, lane: _Lane) -> bool:
+        """Whether there was something for a lane to do next."""
+        if len(lane.batches) > 1:
+            return False
+        batch = self._queue.take(self._clock(), lane, only_full=bool(lane.batches))
+        if batch is None:
+            return False
+        late = DeadlinePassedError("the answer was not ready in the time that the request gave")
+        for one in batch.expired:
+            _settle(one, error=late)
+        if batch.taken:
             for one in batch.taken:
                 one.attempts += 1
+            lane.batches.append(batch)
+            if len(lane.batches) == 1:
+                lane.watch()
             shape: Any = batch.shape
             lane.writer.write(_framed(Call(shape, [one.job for one in batch.taken])))
+        return True
 
     def _answered(self, lane: _Lane, answered: Answered) -> None:
-        batch, lane.batch = lane.batch, None
-        assert batch is not None
+        batch = lane.batches.popleft()
         assert len(batch.taken) == len(answered.replies)
-        if lane.hung is not None:
-            lane.hung.cancel()
-        self._queue.done(batch, answered.seconds, self._clock(), lane)
-        self._idle.append(lane)
+        lane.watch()
+        then = lane.batches[0] if lane.batches else None
+        self._queue.done(batch, answered.seconds, self._clock(), lane, then=then)
         # The next batch first: the process that scores must not wait until answers are written.
         self._feed()
         for one, reply in zip(batch.taken, answered.replies, strict=True):
@@ -164,18 +175,18 @@ class Pool:
 
     def _left(self, lane: _Lane) -> None:
         self._lanes.remove(lane)
-        if lane in self._idle:
-            self._idle.remove(lane)
-        if lane.hung is not None:
-            lane.hung.cancel()
-        batch = lane.batch
-        if batch is not None:
-            given_up = [one for one in batch.taken if one.attempts >= _MOST_ATTEMPTS]
-            for one in given_up:
-                _settle(one, error=OverloadedError("the processes that were to answer have ended", 1.0))
-            batch = batch._replace(taken=[one for one in batch.taken if one.attempts < _MOST_ATTEMPTS])
-            _log.warning("process %d has gone; %d requests that it had wait again", lane.hello.pid, len(batch.taken))
-        self._queue.lost(batch, lane)
+        lost = []
+        for batch in lane.batches:
+            for one in batch.taken:
+                if one.attempts >= _MOST_ATTEMPTS:
+                    _settle(one, error=OverloadedError("the processes that were to answer have ended", 1.0))
+            lost.append(batch._replace(taken=[one for one in batch.taken if one.attempts < _MOST_ATTEMPTS]))
+        lane.batches.clear()
+        lane.watch()
+        if lost:
+            _log.warning("process %d has gone; %d requests that it had wait again", lane.hello.pid,
+                         sum(len(batch.taken) for batch in lost))  # fmt: skip
+        self._queue.lost(lost, lane)
         if not self._lanes:
             self._alone_since = self._clock()
             asyncio.get_running_loop().call_later(_PATIENCE_S, self._give_up)

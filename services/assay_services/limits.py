@@ -18,7 +18,7 @@ from assay_services.problems import MEDIA_TYPE, problem_bytes
 
 Scope = dict[str, Any]
 _OPEN = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect")
-_REQUEST_ID, _USABLE_ID = b"x-request-id", re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
+REQUEST_ID, _USABLE_ID = b"x-request-id", re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
 # The first that fits; whatever else there is needs the right to read.
 _SCOPES = (
     ("/v1/admin/", ADMIN),
@@ -81,17 +81,14 @@ class Gatekeeper:
             return
         started, status = time.perf_counter(), 500
         headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(_REQUEST_ID)
-        # The caller's own, if it can be written into a log as it is.
-        usable = given is not None and _USABLE_ID.fullmatch(given)
-        request_id = given if given is not None and usable else b"%s-%x" % (self._process, next(self._numbers))
+        request_id = self.request_id(headers.get(REQUEST_ID))
         scope.setdefault("state", {})["request_id"] = request_id.decode()
 
         async def counted_send(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (_REQUEST_ID, request_id)]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
             await send(message)
 
         try:
@@ -107,6 +104,12 @@ class Gatekeeper:
             # The route's template, not the raw path: a scanner must not make a time series a guess.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.answered(route, scope["method"], status, time.perf_counter() - started)
+
+    def request_id(self, given: bytes | None) -> bytes:
+        """The caller's own, if it can be written into a log as it is."""
+        if given is not None and _USABLE_ID.fullmatch(given):
+            return given
+        return b"%s-%x" % (self._process, next(self._numbers))
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, dict[str, str]] | None:
         path = scope["path"]

@@ -110,7 +110,7 @@ def test_who_has_gone_or_whose_time_has_passed_is_not_scored() -> None:
     queue.add(None, waiting("here", 0.0))
     batch = queue.take(1.0)
     assert batch is not None
-    assert ([one.job for one in batch.taken], [one.job for one in batch.expired]) == (["here"], ["late"])
+    assert ([one.job for one in batch.taken], [one.job for one in batch.expired]) == (["here"], ["gone", "late"])
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 40), st.floats(0.0, 0.01), st.booleans()), max_size=60))
