@@ -144,6 +144,7 @@ class BatchQueue(Generic[Job]):
     _waiting: dict[Hashable, deque[Waiting[Job]]] = field(default_factory=dict)
     _rows: dict[Hashable, int] = field(default_factory=dict)
     _busy_until: dict[Hashable, float] = field(default_factory=dict)  # worker → when its batch should be done
+    _waiting_s: float | None = 0.0  # work that waits; None when it has to be counted again
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._waiting.values())
@@ -151,8 +152,9 @@ class BatchQueue(Generic[Job]):
     def wait_s(self, now: float) -> float:
         """How long a request that comes now waits for its call to begin."""
         under_way_s = sum(max(0.0, until - now) for until in self._busy_until.values())
-        waiting_s = sum(self._work_s(shape) for shape in self._waiting)
-        return (under_way_s + waiting_s) / max(1, len(self._busy_until))
+        if self._waiting_s is None:  # under a flood of refusals it stays what it is
+            self._waiting_s = sum(self._work_s(shape) for shape in self._waiting)
+        return (under_way_s + self._waiting_s) / max(1, len(self._busy_until))
 
     def has_room(self, now: float) -> bool:
         """Whether `check_room` lets a request pass."""
@@ -182,6 +184,7 @@ class BatchQueue(Generic[Job]):
             raise OverloadedError(f"the answer would take {1e3 * wait_s:.0f} ms, longer than asked for", wait_s)
         self._waiting.setdefault(shape, deque()).append(one)
         self._rows[shape] = self._rows.get(shape, 0) + one.rows
+        self._waiting_s = None
 
     def take(self, now: float, worker: Hashable = None, *, only_full: bool = False) -> Batch[Job] | None:
         """What a worker is to answer next; None if nobody waits. A request with more rows than a batch should have goes
@@ -196,6 +199,7 @@ class BatchQueue(Generic[Job]):
         if only_full and self._rows[shape] < room:
             return None
         batch: Batch[Job] = Batch(shape, [], [])
+        self._waiting_s = None
         while queue and (not batch.taken or queue[0].rows <= room):
             one = queue.popleft()
             self._rows[shape] -= one.rows
@@ -214,11 +218,13 @@ class BatchQueue(Generic[Job]):
         """The call of a batch took so long. then: what the worker goes on with."""
         if batch.taken:
             self._cost(batch.shape).observe(batch.rows, seconds)
+            self._waiting_s = None
         self._busy_until[worker] = now + (0.0 if then is None else self._cost(then.shape).seconds(then.rows))
 
     def lost(self, batches: Iterable[Batch[Job]], worker: Hashable) -> None:
         """A worker has gone, and what it had taken waits again, in front."""
         self._busy_until.pop(worker, None)
+        self._waiting_s = None
         for batch in reversed(list(batches)):
             self._waiting.setdefault(batch.shape, deque()).extendleft(reversed(batch.taken))
             self._rows[batch.shape] = self._rows.get(batch.shape, 0) + batch.rows
@@ -228,6 +234,7 @@ class BatchQueue(Generic[Job]):
         found = [one for queue in self._waiting.values() for one in queue]
         self._waiting.clear()
         self._rows.clear()
+        self._waiting_s = None
         return found
 
     def _cost(self, shape: Hashable) -> CallCost:
