@@ -12,6 +12,7 @@ in `reconfigure`, under a load that it bears; its swap counts as six seconds.
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -30,7 +31,7 @@ from _load import Told, open_loop, request_bytes
 from _report import finish, row
 from serving_load import ASKED, PATHS, body_of, command_of, free_port, payments, running
 
-NUM_VERSIONS, SETTLE_S, WAIT_S, PEER_SWAP_S = 3, 0.5, 60.0, 6.0
+NUM_VERSIONS, SETTLE_S, WAIT_S, PEER_SWAP_S = 3, 2.0, 60.0, 6.0
 Interval = tuple[float, float]
 
 
@@ -97,27 +98,48 @@ def p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100)[98] if len(values) > 1 else float("nan")
 
 
+def operator(model: str, numbers: list[int], port: int, swaps: int, told: Any) -> None:
+    """Promotes, and waits each time until the version answers. Tells the times of each swap."""
+    from assay_pipelines.tracking import open_registry
+    from assay_platform.config import load_config
+
+    registry = open_registry(load_config())
+    registry.version_of(model)
+    told.send(None)
+    for i in range(swaps):
+        time.sleep(SETTLE_S)
+        version = numbers[(i + 1) % NUM_VERSIONS]
+        began = time.perf_counter()
+        registry.promote(model, version, reason="benchmark")
+        until = time.monotonic() + WAIT_S
+        while answering(port) != version:
+            if time.monotonic() > until:
+                raise SystemExit(f"version {version} never answered")
+            time.sleep(0.1)
+        told.send((began, time.perf_counter()))
+    time.sleep(SETTLE_S)
+
+
 def ours(call: argparse.Namespace, scratch: Path, requests: list[bytes], probe: bytes) -> tuple[Told, list[Interval]]:
     """Swaps of ours."""
-    registry, numbers = versions_of(call.model, scratch / "home")
+    _, numbers = versions_of(call.model, scratch / "home")
     os.environ["ASSAY_HOME"] = str(scratch / "home")
     port = free_port()
+    # A generator that also asks the registry would be late with its requests.
+    context = multiprocessing.get_context("spawn")
+    hears, tells = context.Pipe(duplex=False)
+    process = context.Process(target=operator, args=(call.model, numbers, port, call.swaps, tells))
     with running(command_of("ours", port, call.model, ""), port, probe, PATHS["ours"], scratch / "ours.log"):
+        process.start()
+        tells.close()
+        hears.recv()
 
         def swap_all(start: float) -> list[Interval]:
             found = []
-            time.sleep(2 * SETTLE_S)
-            for i in range(call.swaps):
-                version = numbers[(i + 1) % NUM_VERSIONS]
-                began = time.perf_counter() - start
-                registry.promote(call.model, version, reason="benchmark")
-                until = time.monotonic() + WAIT_S
-                while answering(port) != version:
-                    if time.monotonic() > until:
-                        raise SystemExit(f"version {version} never answered; see {scratch / 'ours.log'}")
-                    time.sleep(0.1)
-                found.append((began, time.perf_counter() - start))
-                time.sleep(SETTLE_S)
+            for _ in range(call.swaps):
+                began, ended = hears.recv()
+                found.append((began - start, ended - start))
+            process.join()
             return found
 
         told, swaps = under_load(port, requests, call.rate, swap_all)

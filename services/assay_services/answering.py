@@ -136,7 +136,8 @@ class ScoreAnswering(Answering[FraudBody, FraudResponse]):
         """In one call. All of them want reasons, or none does."""
         model = ModelRef(name=loaded.name, version=loaded.version)
         requests = [body.events for body in asked]
-        answers = loaded.model.score_together(requests, explain=asked[0].explain, keep_as=model)
+        with self.slot.turn:
+            answers = loaded.model.score_together(requests, explain=asked[0].explain, keep_as=model)
         for body, scores in zip(asked, answers, strict=True):
             if isinstance(scores, DataError):
                 yield scores
@@ -179,9 +180,10 @@ class ListAnswering(Answering[RecommendBody, RecommendResponse]):
         model = ModelRef(name=loaded.name, version=loaded.version)
         for body in asked:
             try:
-                items, cold = loaded.model.recommend(
-                    body.user_id, k=body.k, exclude_seen=body.exclude_seen, context=body.context
-                )
+                with self.slot.turn:
+                    items, cold = loaded.model.recommend(
+                        body.user_id, k=body.k, exclude_seen=body.exclude_seen, context=body.context
+                    )
                 list_id = loaded.model.keep_list(model, body.user_id, items)
             except Exception as error:  # noqa: BLE001 - it fails this list and no other
                 yield error

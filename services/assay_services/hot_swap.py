@@ -107,6 +107,8 @@ class Slot(Generic[Model]):
         self.refused: Refused | None = None
         self._recent: deque[Any] = deque(maxlen=_REHEARSED)
         self._aside: deque[Any] = deque(maxlen=_REHEARSED)
+        # Held by whoever answers real requests in a thread of this process.
+        self.turn = threading.Lock()
 
     @property
     def current(self) -> Loaded[Model] | None:
@@ -177,7 +179,7 @@ class Slot(Generic[Model]):
             return False
         evidence = Evidence(requests=0)
         if current is not None and self._rollout.rehearse and not registry.is_unchecked(name, version):
-            evidence = rehearse(current.model, loaded.model, list(self._recent), self._rollout)
+            evidence = rehearse(current.model, loaded.model, list(self._recent), self._rollout, self.turn)
         if evidence.objections:
             self._refuse(loaded, evidence)
             return False
@@ -273,7 +275,7 @@ class Slot(Generic[Model]):
         requests = [self._aside.popleft() for _ in range(len(self._aside))]
         if not requests:
             return
-        evidence = rehearse(champion.model, challenger.model, requests, self._rollout)
+        evidence = rehearse(champion.model, challenger.model, requests, self._rollout, self.turn)
         self._metrics.shadowed.labels(self.application).inc(evidence.requests)
         self._metrics.shadow_changed.labels(self.application).set(evidence.changed)
         self._metrics.shadow_refused.labels(self.application).inc(evidence.refused)

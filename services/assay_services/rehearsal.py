@@ -5,6 +5,7 @@ see about as much risk, is it as fast. A version that has nothing to be compared
 """
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from assay_platform.monitoring.drift import bands_of
 _FEWEST = 20
 # Between two requests it rests so many times as long as the last one took: real ones wait for the interpreter, too.
 _REST = 2.0
+# Where real requests leave no gap for so long, it is rehearsed beside them.
+_TURN_S = 0.1
 # A call faster than this is fast enough, whatever it was before.
 _FAST_S = 0.005
 
@@ -60,12 +63,16 @@ class Evidence:
     objections: tuple[str, ...] = ()
 
 
-def rehearse(now: Rehearsed, candidate: Rehearsed, requests: Sequence[Any], limits: Rollout) -> Evidence:
-    """Let both answer, one after the other, and object to what crosses a limit."""
+def rehearse(
+    now: Rehearsed, candidate: Rehearsed, requests: Sequence[Any], limits: Rollout, turn: threading.Lock
+) -> Evidence:
+    """Let both answer, one after the other, and object to what crosses a limit. turn: held while real requests are
+    answered; a request that is rehearsed waits for it, since two at once take more than twice as long.
+    """
     if not requests:
         return Evidence(requests=0)
-    theirs, their_s = _asked(now, requests)
-    mine, my_s = _asked(candidate, requests)
+    theirs, their_s = _asked(now, requests, turn)
+    mine, my_s = _asked(candidate, requests, turn)
     both = [(a, b) for a, b in zip(theirs, mine, strict=True) if isinstance(a, Answer) and isinstance(b, Answer)]
     refusals = [b for a, b in zip(theirs, mine, strict=True) if isinstance(a, Answer) and not isinstance(b, Answer)]
     choices = [1.0 - len(a.choices & b.choices) / max(len(a.choices), len(b.choices), 1) for a, b in both]
@@ -100,19 +107,23 @@ def _with_objections(evidence: Evidence, seconds: float, *, has_scores: bool, li
 
 
 def _asked(
-    version: Rehearsed, requests: Sequence[Any], clock: Callable[[], float] = time.perf_counter
+    version: Rehearsed, requests: Sequence[Any], turn: threading.Lock, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[list[Answer | str], float]:
     """What it says to each, or why it refuses; median seconds of those it answers."""
     answers: list[Answer | str] = []
     seconds = []
     for request in requests:
+        has_turn = turn.acquire(timeout=_TURN_S)
         began = clock()
         try:
             answers.append(version.rehearse(request))
             seconds.append(clock() - began)
-            time.sleep(_REST * seconds[-1])
         except DataError as error:
             answers.append(str(error))
         except Exception as error:  # noqa: BLE001 - a version that breaks is what is looked for
             answers.append(f"{type(error).__name__}: {error}")
+        finally:
+            if has_turn:
+                turn.release()
+        time.sleep(_REST * (clock() - began))
     return answers, statistics.median(seconds) if seconds else 0.0

@@ -184,7 +184,7 @@ def test_a_refused_version_that_is_promoted_again_unchecked_answers_at_once(regi
 
 def test_few_requests_are_no_evidence_of_a_distribution() -> None:
     few = [{"x": i / 10} for i in range(10)]
-    evidence = rehearse(Version("", Path("2")), Version("", Path("3")), few, Rollout())
+    evidence = rehearse(Version("", Path("2")), Version("", Path("3")), few, Rollout(), threading.Lock())
     assert evidence.changed > 0.4
     assert not evidence.objections
 
