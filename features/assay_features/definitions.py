@@ -15,6 +15,7 @@ import re
 import zoneinfo
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from assay_platform.errors import SchemaError
@@ -362,7 +363,7 @@ class FeaturePlan:
         """Twelve hexadecimal digits that change with any definition."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
-    @property
+    @cached_property
     def entities(self) -> tuple[Entity, ...]:
         """Entities that have features or sequences, in order of first mention."""
         return tuple(dict.fromkeys(d.entity for d in self.definitions if not isinstance(d, RowFeature)))
