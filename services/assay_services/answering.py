@@ -6,7 +6,7 @@ Without threads or queues: whoever calls has a batch, and every body gets a repl
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeGuard, TypeVar
 
 from assay_platform.errors import DataError, InputError
@@ -20,6 +20,7 @@ from assay_services.hot_swap import Loaded, Slot
 from assay_services.recommend import ItemRecommender
 from assay_services.replies import JSON, Reply, refusal
 from assay_services.schemas import FraudResponse, ModelRef, RecommendResponse
+from assay_services.shown import ShownLists
 
 MAX_COUNTERFACTUALS = 10
 Body = TypeVar("Body")
@@ -160,6 +161,7 @@ class ListAnswering(Answering[RecommendBody, RecommendResponse]):
     """`POST /v1/recommend`."""
 
     slot: Slot[ItemRecommender]
+    shown: ShownLists = field(default_factory=ShownLists)
 
     @property
     def reader(self) -> BodyReader[RecommendBody]:
@@ -193,4 +195,7 @@ class ListAnswering(Answering[RecommendBody, RecommendResponse]):
     def made(self, body: RecommendBody, answer: RecommendResponse) -> None:
         """See the base."""
         self.slot.remember(body)
-        self.metrics.recommendations.labels(str(answer.cold_start).lower()).inc()
+        self.shown.add(str(body.user_id), [item.item_id for item in answer.items])
+        self.metrics.listed(
+            cold_start=answer.cold_start, coverage=self.shown.coverage(self.slot.require().model.num_items)
+        )

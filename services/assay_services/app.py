@@ -1,25 +1,30 @@
 """The routes of the scoring application, plain FastAPI. `alone` puts it in one process, `scorer` behind a front."""
 
+import math
 import os
 import time
+from collections import deque
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 from assay_platform.errors import DataError
 from assay_platform.monitoring.alarms import Finding
 from assay_platform.monitoring.metrics import render
-from assay_platform.tracking import CHAMPION
-from fastapi import FastAPI, Request, Response
+from assay_platform.tracking import CHAMPION, ModelRegistry
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from assay_services import bodies
 from assay_services.admin import admin_routes
 from assay_services.answering import Answering
+from assay_services.console import console_routes
 from assay_services.dependencies import Dependencies
 from assay_services.fraud import FraudScorer
 from assay_services.idempotency import named_by
 from assay_services.problems import ProblemError, install
 from assay_services.schemas import (
+    AuditEntry,
+    AuditResponse,
     DecisionRecord,
     DriftFinding,
     DriftResponse,
@@ -34,7 +39,10 @@ from assay_services.schemas import (
     ModelRef,
     ModelsResponse,
     Problem,
+    RecentDecisions,
     RecommendResponse,
+    RegisteredVersion,
+    RegistryResponse,
 )
 from assay_services.siblings import merged
 
@@ -61,6 +69,7 @@ def application(deps: Dependencies) -> FastAPI:
         redoc_url=None,
     )
     install(app)
+    app.include_router(console_routes())
     app.include_router(admin_routes(deps.config, deps.audit, deps.follower.look_now))
 
     def check_batch(num_events: int) -> None:
@@ -111,6 +120,10 @@ def application(deps: Dependencies) -> FastAPI:
             report = model.add(batch)
             if isinstance(model, FraudScorer):
                 model.keep_events(records)
+            else:
+                users, items = (batch.keys[name].tolist() for name in (model.schema.user, model.schema.item))
+                taken = sum(deps.lists.shown.taken(*pair) for pair in zip(users, items, strict=True))
+                deps.metrics.conversions.inc(taken)
             deps.metrics.events.labels(application).inc(report.accepted)
             answer.accepted[application] = report.accepted
             if report.duplicates:
@@ -132,9 +145,19 @@ def application(deps: Dependencies) -> FastAPI:
         """Chargebacks and findings: what became of events. The answer comes when they are in the features."""
         if len(body.labels) > service.max_batch:
             raise DataError(f"labels: {len(body.labels)} in one request; at most {service.max_batch} are allowed")
-        answer = deps.fraud.require().model.report(body.labels, now_s=time.time())
+        model = deps.fraud.require().model
+        answer, judged = model.report(body.labels, now_s=time.time())
         deps.metrics.labels.inc(answer.accepted)
+        for one in judged:
+            deps.metrics.judged(one.decision, one.score, one.delay_s, fraud=one.fraud)
+        if model.calibration is not None and model.calibration.add([(one.score, one.fraud) for one in judged]):
+            deps.metrics.drifted(*model.seen())
         return answer
+
+    @app.get("/v1/fraud/decisions", responses=_PROBLEMS)
+    def recent_decisions(limit: Annotated[int, Query(ge=1, le=100)] = 20) -> RecentDecisions:
+        """The newest decisions with their events, also of events without an id."""
+        return RecentDecisions(decisions=deps.fraud.require().model.recent(limit))
 
     @app.get("/v1/fraud/decisions/{event_id}", responses={**_PROBLEMS, 404: {"model": Problem}})
     def decision(event_id: str) -> DecisionRecord:
@@ -167,6 +190,30 @@ def application(deps: Dependencies) -> FastAPI:
             ]
         )
 
+    @app.get("/v1/registry", responses=_PROBLEMS)
+    def registry() -> RegistryResponse:
+        """What could answer: versions, where aliases point, what was measured."""
+        found = ModelRegistry(deps.config.tracking_uri, deps.audit).versions()
+        return RegistryResponse(
+            versions=[
+                RegisteredVersion(
+                    name=one.name,
+                    version=one.version,
+                    aliases=list(one.aliases),
+                    application=one.application,
+                    run_id=one.run_id,
+                    metrics={k: v if math.isfinite(v) else None for k, v in one.metrics.items()},
+                )
+                for one in found
+            ]
+        )
+
+    @app.get("/v1/audit", responses=_PROBLEMS)
+    def audit(last: Annotated[int, Query(ge=1, le=1000)] = 50) -> AuditResponse:
+        """Who changed what answers, when, why, and what was seen."""
+        newest = deque(deps.audit.entries(), maxlen=last)
+        return AuditResponse(entries=[AuditEntry(**entry) for entry in reversed(newest)])
+
     @app.get("/v1/drift", responses={**_PROBLEMS, 404: {"model": Problem}})
     def drift() -> DriftResponse:
         """Whether the newest events still look like those that the fraud model was measured on."""
@@ -175,18 +222,20 @@ def application(deps: Dependencies) -> FastAPI:
         if watch is None:
             raise ProblemError(404, f"{loaded.name} version {loaded.version} was registered without a reference")
 
-        def told(found: tuple[Finding, ...]) -> list[DriftFinding]:
+        def told(found: list[Finding]) -> list[DriftFinding]:
             return [
                 DriftFinding(column=one.column, kind=one.kind, moved=one.moved, text=one.text, value=one.value)
                 for one in found
             ]
 
+        findings, alarms = loaded.model.seen()
         return DriftResponse(
             model=ModelRef(name=loaded.name, version=loaded.version),
             window_rows=watch.window_rows,
             windows=watch.seen.windows,
-            findings=told(watch.seen.findings),
-            alarms=told(watch.seen.alarms),
+            label_windows=loaded.model.calibration.seen.windows if loaded.model.calibration is not None else 0,
+            findings=told(findings),
+            alarms=told(alarms),
         )
 
     @app.get("/healthz")

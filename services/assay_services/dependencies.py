@@ -130,7 +130,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
         if recommend_slot.current is not None:
             recommend_slot.current.model.catch_up()
         if fraud_slot.current is not None and (watch := fraud_slot.current.model.watch) is not None and watch.look():
-            metrics.drifted(watch.seen.findings, watch.seen.alarms)
+            metrics.drifted(*fraud_slot.current.model.seen())
 
     follower = Follower(
         lambda: ModelRegistry(config.tracking_uri, audit),

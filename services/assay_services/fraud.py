@@ -2,11 +2,12 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,8 +23,10 @@ from assay_features.state import entity_keys
 from assay_features.stream import PushReport
 from assay_platform.errors import ArtifactError, DataError
 from assay_platform.models.artifact import read_json
-from assay_platform.models.decisions import DECISIONS
+from assay_platform.models.decisions import DECISIONS, Decision
 from assay_platform.models.fraud import FraudModel
+from assay_platform.monitoring.alarms import Finding
+from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_reference import Reference
 from assay_platform.robustness.constraints import Transactions
 from assay_platform.robustness.counterfactual import Choices, counterfactual
@@ -32,10 +35,30 @@ from numpy.typing import NDArray
 
 from assay_services.reasons import ReasonWriter, rule_reason, would_have_been
 from assay_services.rehearsal import Answer
-from assay_services.schemas import ColumnChange, Counterfactual, FraudScore, Label, LabelsResponse, ModelRef, Record
-from assay_services.watch import DriftWatch
+from assay_services.schemas import (
+    ColumnChange,
+    Counterfactual,
+    FraudScore,
+    Label,
+    LabelsResponse,
+    ModelRef,
+    RecentDecision,
+    Record,
+)
+from assay_services.watch import CalibrationWatch, DriftWatch
 
 _MANY_ROWS = 16
+# Decisions that are shown as the newest.
+_RECENT = 100
+
+
+class Judged(NamedTuple):
+    """A decision of which it is known what came true. delay_s: from it to its label."""
+
+    decision: Decision
+    score: float
+    delay_s: float
+    fraud: bool
 
 
 class FraudScorer:
@@ -52,8 +75,9 @@ class FraudScorer:
         rules: tuple[Rule, ...] = (),
         records: DecisionRecords | None = None,
         watch: DriftWatch | None = None,
+        calibration: CalibrationWatch | None = None,
     ) -> None:
-        """records: where decisions are kept; without it none are. watch: what looks for drift."""
+        """records: where decisions are kept; without it none are. watch, calibration: what looks for drift."""
         self.schema, self.plan = schema, plan
         self._model = model
         self.fences = model.fences
@@ -63,8 +87,9 @@ class FraudScorer:
         self._reports = parts[1][1] if len(parts) > 1 else None
         self._tables = repository.embedding_tables(plan)
         self._reasons = ReasonWriter(plan, model.feature_names, usual=model.reference_columns())
-        self._rules, self._records, self.watch = rules, records, watch
+        self._rules, self._records, self.watch, self.calibration = rules, records, watch, calibration
         self._choices = choices
+        self._recent: deque[tuple[float, Record, FraudScore]] = deque(maxlen=_RECENT)
         self._feasible = choices.feasible(schema.limits, schema.numeric, schema.keys)
 
     @staticmethod
@@ -81,9 +106,12 @@ class FraudScorer:
         # Artifacts of before have none.
         known = read_json(folder, "drift") if (folder / "drift.json").is_file() else {}
         watch = DriftWatch(Reference.from_dict(known)) if known else None
+        meant = read_json(folder, "calibration") if (folder / "calibration.json").is_file() else {}
+        calibration = CalibrationWatch(Calibration.from_dict(meant)) if meant else None
         scorer = FraudScorer(
-            model, schema, plan, repository, choices=choices, rules=rules, records=records, watch=watch
-        )
+            model, schema, plan, repository, choices=choices, rules=rules, records=records, watch=watch,
+            calibration=calibration,
+        )  # fmt: skip
         record: Record = dict.fromkeys((*schema.keys, *schema.numbers))
         for explain in (True, False):  # they take different paths through the net
             for num_rows in (1, _MANY_ROWS):
@@ -177,6 +205,9 @@ class FraudScorer:
                     reasons=[] if reasons is None else [*(rule_reason(rule) for rule in held), *reasons[i]],
                 )
             )
+        if keep_as is not None:
+            now_s = time.time()
+            self._recent.extend((now_s, *pair) for pair in zip(records, out, strict=True))
         if keep_as is not None and self.watch is not None:
             self.watch.add(events, scores.probability)
         if keep_as is not None and self._records is not None:
@@ -227,6 +258,11 @@ class FraudScorer:
         changes = [ColumnChange(feature=c.column, was=c.was, would_be=c.would_be) for c in found.changes]
         return Counterfactual(changes=changes, score=found.score, text=would_have_been(changes))
 
+    def seen(self) -> tuple[list[Finding], list[Finding]]:
+        """Findings and alarms of the newest windows of events and of labels."""
+        seen = [watch.seen for watch in (self.watch, self.calibration) if watch is not None]
+        return [f for one in seen for f in one.findings], [f for one in seen for f in one.alarms]
+
     @property
     def id_column(self) -> str:
         """Of an event, by which it is known again."""
@@ -246,12 +282,24 @@ class FraudScorer:
             named = {self._id_of(record): {"event": record} for record in records}
             self._records.remember({name: fields for name, fields in named.items() if name is not None})
 
+    def recent(self, limit: int) -> list[RecentDecision]:
+        """The newest decisions of this process, the newest first."""
+        newest = islice(reversed(list(self._recent)), limit)
+        return [
+            RecentDecision(
+                id=one.id, decided_at=at, event=record, score=one.score, decision=one.decision, threshold=one.threshold,
+                reasons=[msgspec.to_builtins(reason) for reason in one.reasons],
+            )
+            for at, record, one in newest
+        ]  # fmt: skip
+
     def record(self, event_id: str) -> Record | None:
         """What is kept of an event."""
         return None if self._records is None else self._records.get(event_id)
 
-    def report(self, labels: list[Label], *, now_s: float) -> LabelsResponse:
+    def report(self, labels: list[Label], *, now_s: float) -> tuple[LabelsResponse, list[Judged]]:
         """Take in what became of events; a fraud counts in the features of all that it has in common with others.
+        Also returns what is now known of decisions that were made here.
 
         Raises:
             DataError: an event that came along, or a time, does not fit; nothing was taken in.
@@ -259,6 +307,7 @@ class FraudScorer:
         answer = LabelsResponse(accepted=0)
         frauds: list[tuple[int, str, Record, int]] = []
         known: dict[str, Record] = {}
+        judged: list[Judged] = []
         for i, label in enumerate(labels):
             try:
                 name = canonical_key(label.id)
@@ -279,6 +328,9 @@ class FraudScorer:
             except ValueError as error:
                 raise DataError(f"labels[{i}].reported_at: {error}") from error
             known[name] = {**record, "event": event, "label": {"fraud": label.fraud, "reported_at": time_us / 1e6}}
+            if (made := record.get("decision")) is not None and "label" not in record:
+                delay_s = time_us / 1e6 - made["decided_at"]
+                judged.append(Judged(made["decision"], made["score"], delay_s, label.fraud))
             if label.fraud and not record.get("label", {}).get("fraud"):
                 frauds.append((i, name, event, time_us))
         if frauds and self._reports is not None:
@@ -286,7 +338,7 @@ class FraudScorer:
         if self._records is not None:
             self._records.remember({n: {k: r[k] for k in ("event", "label")} for n, r in known.items()})
         answer.accepted = len(labels) - len(answer.duplicates) - len(answer.unknown)
-        return answer
+        return answer, judged
 
     def _push_reports(self, frauds: list[tuple[int, str, Record, int]]) -> list[int]:
         """Places of the labels whose reports are too old for the features."""

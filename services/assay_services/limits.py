@@ -14,10 +14,11 @@ from assay_platform.monitoring.metrics import ServiceMetrics
 from starlette.requests import ClientDisconnect
 
 from assay_services.auth import ADMIN, READ, SCORE, WRITE, Caller, KeyStore
+from assay_services.console import PATHS as CONSOLE
 from assay_services.problems import MEDIA_TYPE, problem_bytes
 
 Scope = dict[str, Any]
-_OPEN = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect")
+_OPEN = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", *CONSOLE)
 REQUEST_ID, _USABLE_ID = b"x-request-id", re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
 # The first that fits; whatever else there is needs the right to read.
 _SCOPES = (

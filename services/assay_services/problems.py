@@ -78,7 +78,21 @@ def problem_of(error: Exception) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of an app a problem."""
+    """Make every error of an app a problem, and say so in its OpenAPI."""
+    made = app.openapi
+
+    def documented() -> dict[str, Any]:
+        found = made()
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                for code, response in operation["responses"].items():
+                    if int(code) >= 400:
+                        response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        for unused in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(unused, None)
+        return found
+
+    app.openapi = documented  # type: ignore[method-assign]
 
     async def answer(_: Request, error: Exception) -> Response:
         body, headers = problem_of(error)

@@ -260,6 +260,11 @@ class ItemRecommender:
 
     id_column = "id"
 
+    @property
+    def num_items(self) -> int:
+        """Of the catalogue."""
+        return len(self._model.items)
+
     def catch_up(self) -> None:
         """Take in what other processes have written."""
         self._features.catch_up()

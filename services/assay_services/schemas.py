@@ -193,6 +193,57 @@ class DecisionRecord(BaseModel):
     label: Record | None = None
 
 
+class RecentDecision(BaseModel):
+    """One of the newest decisions. decided_at: seconds since 1970. reasons: where they were asked for."""
+
+    id: str | None
+    decided_at: float
+    event: Record
+    score: float
+    decision: str
+    threshold: float
+    reasons: list[dict[str, Any]]
+
+
+class RecentDecisions(BaseModel):
+    """As the process saw them that answered this request, the newest first."""
+
+    decisions: list[RecentDecision]
+
+
+class RegisteredVersion(BaseModel):
+    """A version in the registry. metrics: on the test period of its training."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    application: str
+    run_id: str
+    metrics: dict[str, float | None]
+
+
+class RegistryResponse(BaseModel):
+    """Every version of every model, the newest first within a model."""
+
+    versions: list[RegisteredVersion]
+
+
+class AuditEntry(BaseModel):
+    """A change of what answers; docs/serving.md. More fields come with some actions."""
+
+    model_config = ConfigDict(extra="allow")
+
+    time: str
+    actor: str
+    action: str
+
+
+class AuditResponse(BaseModel):
+    """The newest entries first."""
+
+    entries: list[AuditEntry]
+
+
 class Refused(BaseModel):
     """A version that the alias points to and that does not answer, and why."""
 
@@ -226,11 +277,14 @@ class DriftFinding(BaseModel):
 
 
 class DriftResponse(BaseModel):
-    """Of the newest window of so many events, as this process saw it. alarms: findings of the window before, too."""
+    """Of the newest windows of events and of labels, as this process saw them. alarms: findings of the window before,
+    too.
+    """
 
     model: ModelRef
     window_rows: int
     windows: int
+    label_windows: int
     findings: list[DriftFinding]
     alarms: list[DriftFinding]
 

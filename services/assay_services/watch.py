@@ -7,12 +7,13 @@ found in two windows running is an alarm.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from assay_features.events import Events
 from assay_platform.monitoring.alarms import Alarms, Finding
+from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_findings import findings
 from assay_platform.monitoring.drift_reference import Reference
 from numpy.typing import NDArray
@@ -30,6 +31,33 @@ class Seen(NamedTuple):
     windows: int = 0
     findings: tuple[Finding, ...] = ()
     alarms: tuple[Finding, ...] = ()
+
+
+class CalibrationWatch:
+    """Windows of scores whose labels have come, in the order of the labels. Thread-safe."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration, self._alarms = calibration, Alarms()
+        self._lock = threading.Lock()
+        self._pairs: list[tuple[float, bool]] = []
+        self.seen = Seen()
+
+    @property
+    def window_rows(self) -> int:
+        """Labels that are looked at together."""
+        return self._calibration.window_rows
+
+    def add(self, pairs: Sequence[tuple[float, bool]]) -> bool:
+        """Scores and whether they were frauds; whether there was a window to look at."""
+        with self._lock:
+            self._pairs += pairs
+            if len(self._pairs) < self.window_rows:
+                return False
+            window, self._pairs = self._pairs[: self.window_rows], self._pairs[self.window_rows :]
+        scores, labels = zip(*window, strict=True)
+        found = self._calibration.findings(np.array(scores), np.array(labels, dtype=bool))
+        self.seen = Seen(self.seen.windows + 1, tuple(found), tuple(self._alarms.after(found)))
+        return True
 
 
 class DriftWatch:

@@ -691,3 +691,118 @@ def test_the_champion_recalibrates_and_learns_on_from_what_the_table_has_since(
     assert anew.alias == "challenger"
     with pytest.raises(InputError, match="no champion to learn on"):
         run_application(replace(own, model_name="fraud-nobody", update=True), Reporter())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a screen."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]  # fmt: skip
+    with sync_playwright() as started:
+        running = started.chromium.launch(executable_path=chromium, args=quiet)
+        yield running
+        running.close()
+
+
+@pytest.mark.browser
+def test_the_console_shows_what_happens_and_moves_an_alias(
+    service: httpx.Client, home: Config, files: dict[str, tuple[Path, Path]], browser: Any
+) -> None:
+    named = "<img src=x onerror=alert(1)>"
+    _record(service, payment(files, transaction_id=named))
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    assert page.goto(f"{service.base_url}/").url.endswith("/console")
+    page.get_by_text("answers", exact=True).wait_for()
+    page.get_by_text(named).first.wait_for()  # as text, whatever it would be as HTML
+    page.get_by_role("button", name="Ask").click()
+    page.locator("#answer .badge").wait_for()
+    assert "fraud-own" in page.locator("#answer").inner_text()
+    page.get_by_label("Recommend to a user").check()
+    page.get_by_label("How many").fill("3")
+    page.get_by_role("button", name="Ask").click()
+    page.locator("#answer ol > li").first.wait_for()
+    assert page.locator("#answer ol > li").count() == 3
+
+    # By the keyboard alone: to the button, reason, and away with Enter.
+    before = open_registry(home).version_of("fraud-own")
+    other = page.get_by_role("button", name=re.compile(r"^Promote fraud-own version")).first
+    wanted = int((other.get_attribute("aria-label") or "").split()[-1])
+    other.focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog").wait_for()
+    page.get_by_label("Reason, for the audit log").press_sequentially("from the console")
+    page.get_by_label("without a rehearsal").check()
+    page.get_by_role("button", name="Change").press("Enter")
+    page.locator("tr", has_text=re.compile(rf"fraud-own\s*{wanted}\s*champion")).wait_for()
+    assert open_registry(home).version_of("fraud-own") == wanted != before
+    assert next(
+        reversed([e["reason"] for e in AuditLog(home.paths.audit_log).entries() if e["action"] == "promote"])
+    ) == ("from the console")
+    assert wrong == []
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (390, "light"), (1280, "dark")])
+def test_the_console_fits_a_phone_and_both_themes_can_be_read(
+    service: httpx.Client, browser: Any, width: int, scheme: str
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.goto(f"{service.base_url}/console")
+    page.get_by_text("answers", exact=True).wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing has to be pushed sideways"
+    # WCAG 2 wants a contrast of 4.5 between text and what is behind it.
+    contrast = """(names) => {
+      const probe = document.createElement('span'); document.body.append(probe);
+      const light = (name) => {
+        probe.style.color = `var(${name})`;
+        const [r, g, b] = getComputedStyle(probe).color.match(/[0-9]+/g).map((v) => v / 255)
+          .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      return names.map(([text, behind]) => {
+        const [a, b] = [light(text), light(behind)].sort((x, y) => y - x);
+        return (a + 0.05) / (b + 0.05);
+      });
+    }"""
+    pairs = [["--text", "--card"], ["--muted", "--card"], ["--muted", "--page"], ["--accent", "--card"],
+             ["--good", "--good-back"], ["--warn", "--warn-back"], ["--bad", "--bad-back"]]  # fmt: skip
+    assert min(page.evaluate(contrast, pairs)) >= 4.5
+    page.get_by_role("button", name="Light theme" if scheme == "dark" else "Dark theme").click()
+    assert min(page.evaluate(contrast, pairs)) >= 4.5
+    page.close()
+
+
+def test_whatever_the_openapi_allows_has_an_answer_that_it_foresees(service: httpx.Client) -> None:
+    """Last of all: some of what is sent is taken in."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.checks import CHECKS
+
+    schema = schemathesis.openapi.from_url(f"{service.base_url}/openapi.json")
+    # What an event has to have is the model's schema, which the service's does not know.
+    unforeseen = [check for check in CHECKS.get_all() if getattr(check, "__name__", "") == "positive_data_acceptance"]
+    asked: set[tuple[str, str]] = set()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if operation.path == "/metrics":
+            continue
+
+        @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+                  phases=[Phase.explicit, Phase.generate])  # fmt: skip
+        @given(case=operation.as_strategy())
+        def ask(case: Any) -> None:
+            asked.add((case.method, case.path))
+            case.call_and_validate(excluded_checks=unforeseen)
+
+        ask()
+    assert len(asked) > 12
+    assert service.get("/healthz").status_code == 200

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 from assay_features.events import Events
+from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
-from assay_services.watch import DriftWatch
+from assay_services.watch import CalibrationWatch, DriftWatch
 
 WINDOW = 200
 
@@ -60,3 +61,22 @@ def test_when_nobody_looks_the_oldest_events_are_forgotten() -> None:
     assert seen.look()
     assert not seen.seen.findings
     assert not seen.look()
+
+
+def test_labels_against_scores_are_looked_at_in_windows_and_twice_in_a_row_is_an_alarm() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.beta(0.5, 5.0, 20_000)
+    labels = rng.random(20_000) < scores
+    watch = CalibrationWatch(Calibration.of(scores, labels, window_rows=2000))
+
+    def look(share: float) -> tuple[int, int]:
+        drawn = rng.beta(0.5, 5.0, 2000)
+        pairs = list(zip(drawn.tolist(), (rng.random(2000) < share * drawn).tolist(), strict=True))
+        assert not watch.add(pairs[:1500]), "not enough for a window"
+        assert watch.add(pairs[1500:])
+        return len(watch.seen.findings), len(watch.seen.alarms)
+
+    assert look(1.0) == (0, 0)
+    assert look(3.0) == (1, 0)
+    assert look(3.0) == (1, 1)
+    assert watch.seen.windows == 3

@@ -16,6 +16,7 @@ from assay_platform.errors import InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.encoding import TabularEncoder
 from assay_platform.models.fraud import FraudModel
+from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
 from assay_platform.tuning.search import SearchResult
 
@@ -51,6 +52,8 @@ _SEARCH_EPOCHS = 3
 _METRIC = "average_precision"
 # Of the reference for drift: rows of a window at most and at least, windows that are wanted (`g_test` knows how rows
 # hang together from 20 halves on) and needed, rows at most.
+# Of the reference for labels the same: labels of a window at most and at least, and windows that are wanted.
+_LABEL_ROWS, _FEWEST_LABEL_ROWS, _LABEL_WINDOWS = 5000, 100, 4
 _WINDOW_ROWS, _FEWEST_WINDOW_ROWS, _WINDOWS, _FEWEST_WINDOWS, _MOST_REFERENCE_ROWS = 2000, 100, 10, 4, 200_000
 
 
@@ -228,6 +231,19 @@ def drift_reference(prepared: Prepared, model: FraudModel, learned_until_us: int
     return Reference.of(columns, ReferenceConfig(window_rows=window_rows)).to_dict()
 
 
+def calibration_reference(prepared: Prepared, model: FraudModel, learned_until_us: int) -> dict[str, Any]:
+    """What scores came true as on events that the model has not learned from, which labels that come later are held
+    against. Empty where there are too few, or no fraud among them.
+    """
+    rows = as_slice(np.flatnonzero(prepared.events.time_us > learned_until_us))
+    labels = prepared.labels[rows].astype(bool)
+    window_rows = min(_LABEL_ROWS, len(labels) // _LABEL_WINDOWS)
+    if window_rows < _FEWEST_LABEL_ROWS or not labels.any():
+        return {}
+    scores = model.score(prepared.rows.rows.rows(rows)).probability
+    return Calibration.of(scores, labels, window_rows=window_rows).to_dict()
+
+
 def companions_of(
     prepared: Prepared,
     options: RunOptions,
@@ -252,6 +268,7 @@ def companions_of(
         "rules": rules_to_dict(options.rules),
         "choices": possible_choices(prepared).to_dict(),
         "drift": drift_reference(prepared, model, learned_until_us),
+        "calibration": calibration_reference(prepared, model, learned_until_us),
         "training": dict(training),
     }
 

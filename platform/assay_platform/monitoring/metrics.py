@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# An hour to a quarter of a year: chargebacks take weeks.
+_DELAY_BUCKETS_S = (3600.0, 86400.0, 3 * 86400.0, 7 * 86400.0, 14 * 86400.0, 30 * 86400.0, 60 * 86400.0, 90 * 86400.0)
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -29,6 +31,7 @@ class ServiceMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, processor time and open files of the process
         self.requests = CounterMetric(
             "assay_requests_total", "HTTP requests", ("route", "method", "status"), registry=self.registry
         )
@@ -61,6 +64,23 @@ class ServiceMetrics:
             ("application",), registry=self.registry,
         )  # fmt: skip
         self.labels = CounterMetric("assay_fraud_labels_total", "Reported labels taken in", registry=self.registry)
+        self._judged = CounterMetric(
+            "assay_fraud_judged_total", "Decisions of which it was reported what came true", ("decision", "fraud"),
+            registry=self.registry,
+        )  # fmt: skip
+        self._expected = CounterMetric(
+            "assay_fraud_expected_total", "Frauds among them by their scores", registry=self.registry
+        )
+        self._label_delay = Histogram(
+            "assay_fraud_label_delay_seconds", "From a decision to its label", buckets=_DELAY_BUCKETS_S,
+            registry=self.registry,
+        )  # fmt: skip
+        self._shown_items = Gauge(
+            "assay_recommend_coverage", "Share of the catalogue in the newest lists", registry=self.registry
+        )
+        self.conversions = CounterMetric(
+            "assay_recommend_conversions_total", "Items of a list that its user took afterwards", registry=self.registry
+        )
         decisions = CounterMetric(
             "assay_fraud_decisions_total", "Fraud decisions", ("decision",), registry=self.registry
         )
@@ -71,7 +91,7 @@ class ServiceMetrics:
             "assay_recommendations_total", "Recommendation lists", ("cold_start",), registry=self.registry
         )
         self._drift_windows = CounterMetric(
-            "assay_fraud_drift_windows_total", "Windows of events that were looked at", registry=self.registry
+            "assay_fraud_drift_windows_total", "Windows of events and of labels that were looked at", registry=self.registry
         )
         self._drift_findings, self._drift_alarms = (
             Gauge(f"assay_fraud_drift_{name}", text, ("column", "kind"), registry=self.registry)
@@ -114,8 +134,19 @@ class ServiceMetrics:
         """One more decision."""
         self._decisions[decision].inc()
 
+    def judged(self, decision: Decision, score: float, delay_s: float, *, fraud: bool) -> None:
+        """It was reported what one decision came true as."""
+        self._judged.labels(decision, str(fraud).lower()).inc()
+        self._expected.inc(score)
+        self._label_delay.observe(max(0.0, delay_s))
+
+    def listed(self, *, cold_start: bool, coverage: float) -> None:
+        """One more list. coverage: share of the catalogue in the newest lists."""
+        self.recommendations.labels(str(cold_start).lower()).inc()
+        self._shown_items.set(coverage)
+
     def drifted(self, findings: Sequence[Finding], alarms: Sequence[Finding]) -> None:
-        """One more window of events to score was looked at."""
+        """One more window of events or of labels was looked at."""
         self._drift_windows.inc()
         for gauge, found in ((self._drift_findings, findings), (self._drift_alarms, alarms)):
             gauge.clear()
