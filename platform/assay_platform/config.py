@@ -78,7 +78,8 @@ class Service:
     """Limits of the scoring service.
 
     max_batch_ms: what one call of a model may take, so that those who come next wait no longer. max_wait_ms: a request
-    that would have to wait longer is refused. workers: processes on the port. tls_certificate, tls_key: PEM files.
+    that would have to wait longer is refused. workers: processes that hold models. tls_certificate, tls_key: PEM files.
+    keep_decisions_days: after which what was decided of an event is forgotten.
     """
 
     host: str = "127.0.0.1"
@@ -88,10 +89,11 @@ class Service:
     tls_key: str = ""
     max_body_bytes: int = 4 * 1024 * 1024
     max_batch: int = 1000
-    max_requests_per_s: float = 2000.0
+    max_requests_per_s: float = 5000.0
     max_batch_ms: float = 50.0
     max_wait_ms: float = 250.0
     poll_registry_s: float = 1.0
+    keep_decisions_days: float = 400.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -104,6 +106,7 @@ class Service:
         above_0 = (
             "workers",
             "max_body_bytes", "max_batch", "max_requests_per_s", "max_batch_ms", "max_wait_ms", "poll_registry_s",
+            "keep_decisions_days",
         )  # fmt: skip
         for name in above_0:
             if getattr(self, name) <= 0:

@@ -3,6 +3,7 @@
 The registry's own page moves aliases, too; here the gate is asked first and the audit log has who and why.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from assay_platform.errors import GateRefusedError, RegistryError
 from assay_platform.tracking import CHAMPION, AuditLog, ModelRegistry
 from fastapi import APIRouter, Request
 
+from assay_services.fraud import FraudScorer
+from assay_services.hot_swap import Slot
 from assay_services.problems import ProblemError
-from assay_services.schemas import AliasMoved, Problem, PromoteRequest, RollbackRequest
+from assay_services.schemas import AliasMoved, Erased, EraseRequest, Problem, PromoteRequest, RollbackRequest
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem, "description": text}
@@ -26,7 +29,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def admin_routes(config: Config, audit: AuditLog, look_now: Callable[[], None]) -> APIRouter:
+def admin_routes(config: Config, audit: AuditLog, look_now: Callable[[], None], fraud: Slot[FraudScorer]) -> APIRouter:
     """look_now: makes this process look at the registry at once; others look when they do."""
     routes = APIRouter(prefix="/v1/admin", responses=_PROBLEMS)
 
@@ -68,6 +71,18 @@ def admin_routes(config: Config, audit: AuditLog, look_now: Callable[[], None]) 
         """The registry has changed: look now, instead of at the next poll. For webhooks."""
         look_now()
         return {"status": "looking"}
+
+    @routes.post("/erase")
+    def erase(body: EraseRequest, request: Request) -> Erased:
+        """Forget a card, an account, an event: what was kept of it, and what was decided. The audit log keeps that it
+        was done, with a hash instead of the value.
+        """
+        loaded = fraud.require()
+        erased = loaded.model.erase(body.column, body.value)
+        digest = hashlib.sha256(body.value.encode()).hexdigest()
+        audit.append("erase", actor=_who(request), model=loaded.name, column=body.column, value_sha256=digest,
+                     records=erased, reason=body.reason)  # fmt: skip
+        return Erased(erased=erased)
 
     return routes
 

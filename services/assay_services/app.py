@@ -45,6 +45,7 @@ from assay_services.schemas import (
     RegistryResponse,
 )
 from assay_services.siblings import merged
+from assay_services.webhooks import webhook_routes
 
 _PROBLEMS: dict[int | str, dict[str, object]] = {
     code: {"model": Problem, "description": text}
@@ -70,7 +71,8 @@ def application(deps: Dependencies) -> FastAPI:
     )
     install(app)
     app.include_router(console_routes())
-    app.include_router(admin_routes(deps.config, deps.audit, deps.follower.look_now))
+    app.include_router(webhook_routes(deps.follower.look_now))
+    app.include_router(admin_routes(deps.config, deps.audit, deps.follower.look_now, deps.fraud))
 
     def check_batch(num_events: int) -> None:
         if num_events > service.max_batch:

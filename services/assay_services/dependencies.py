@@ -1,5 +1,7 @@
 """The parts of a process that holds models, wired: slots, their follower, feature repositories, records."""
 
+import itertools
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from assay_services.replies import Reply
 from assay_services.siblings import Siblings
 
 _FIRST_LOOK_S = 60.0
+# Old records are looked for at every so many looks at the registry: reading them takes milliseconds.
+_SWEEP_LOOKS = 10
 # What one process writes the others read within this.
 _STREAM = StreamSettings(checkpoint_s=0.25)
 
@@ -86,6 +90,12 @@ class _Repositories:
             for repository in list(self._open.values()):
                 repository.take_over()
 
+    def forget_old(self, before_s: float) -> None:
+        """Some of the records of decisions that are older than this, if this process writes."""
+        if self.may_write():
+            for records in list(self._records.values()):
+                records.erase_old(before_s)
+
     def tiers(self) -> dict[str, TieredStore]:
         """The tiers of those in use."""
         return {name: repository.tiers for name, repository in list(self._open.items())}
@@ -125,8 +135,12 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
     slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
     metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
 
+    sweeps = itertools.count()
+
     def each_time() -> None:
         repositories.take_over()
+        if next(sweeps) % _SWEEP_LOOKS == 0:
+            repositories.forget_old(time.time() - service.keep_decisions_days * 86_400)
         if recommend_slot.current is not None:
             recommend_slot.current.model.catch_up()
         if fraud_slot.current is not None and (watch := fraud_slot.current.model.watch) is not None and watch.look():

@@ -279,7 +279,8 @@ class FraudScorer:
     def keep_events(self, records: list[Record]) -> None:
         """Keep events that may be reported later, as they came."""
         if self._records is not None:
-            named = {self._id_of(record): {"event": record} for record in records}
+            now_s = time.time()
+            named = {self._id_of(record): {"event": record, "kept_at": now_s} for record in records}
             self._records.remember({name: fields for name, fields in named.items() if name is not None})
 
     def recent(self, limit: int) -> list[RecentDecision]:
@@ -292,6 +293,18 @@ class FraudScorer:
             )
             for at, record, one in newest
         ]  # fmt: skip
+
+    def erase(self, column: str, value: str) -> int:
+        """Forget events of which a column has this value, and what was decided of them; how many there were.
+
+        Raises:
+            DataError: events have no such column.
+        """
+        if column not in (self.id_column, *self.schema.keys):
+            allowed = ", ".join((self.id_column, *self.schema.keys))
+            raise DataError(f"column: {column!r} names nobody; allowed are {allowed}")
+        self._recent = deque((one for one in self._recent if not _has(one[1], column, value)), maxlen=_RECENT)
+        return 0 if self._records is None else self._records.erase(lambda r: _has(r.get("event") or {}, column, value))
 
     def record(self, event_id: str) -> Record | None:
         """What is kept of an event."""
@@ -369,6 +382,13 @@ class FraudScorer:
 
     def _id_of(self, record: Record) -> str | None:
         return canonical_key(record.get(self.id_column))
+
+
+def _has(event: Record, column: str, value: str) -> bool:
+    try:
+        return canonical_key(event.get(column)) == value
+    except ValueError:
+        return False
 
 
 def _plain(value: Any) -> float | str | None:

@@ -17,7 +17,10 @@ from assay_services.auth import Caller
 from assay_services.replies import Reply
 
 _CALLER, _REQUEST_ID, _ROUTE = b"x-assay-caller", b"x-request-id", b"x-assay-route"
-_PASSED_ON = (b"content-type", b"accept", b"idempotency-key", b"x-timeout-ms")
+_PASSED_ON = (
+    b"content-type", b"accept", b"idempotency-key", b"x-timeout-ms",
+    b"x-mlflow-signature", b"x-mlflow-timestamp", b"x-mlflow-delivery-id",
+)  # fmt: skip
 _LEFT_OUT = ("content-length", "transfer-encoding", "connection", "keep-alive", "date", "server", "x-request-id")
 _TIMEOUT_S = 60.0
 

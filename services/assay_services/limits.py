@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from assay_services.auth import ADMIN, READ, SCORE, WRITE, Caller, KeyStore
 from assay_services.console import PATHS as CONSOLE
 from assay_services.problems import MEDIA_TYPE, problem_bytes
+from assay_services.webhooks import PATH as WEBHOOK
 
 Scope = dict[str, Any]
 _OPEN = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", *CONSOLE)
@@ -120,7 +121,8 @@ class Gatekeeper:
         if not self._bucket.take():
             return 429, "more requests a second than this service allows", _come_back(self._bucket)
         length = headers.get(b"content-length", b"0")
-        if self._keys and (refusal := self._refused_key(scope, headers)) is not None:
+        # A webhook is signed instead.
+        if path != WEBHOOK and self._keys and (refusal := self._refused_key(scope, headers)) is not None:
             return refusal
         return self._too_large() if length.isdigit() and int(length) > self._max_body_bytes else None
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from assay_platform.errors import InputError
+from assay_platform.errors import InputError, RegistryError, StorageError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -58,6 +58,11 @@ def problem_of(error: Exception) -> tuple[dict[str, Any], dict[str, str]]:
             status, detail = 504, str(error)
         case InputError():
             status, detail = 422, str(error)
+        case StorageError() | RegistryError():
+            _log.error("what is stored cannot be reached", exc_info=error)
+            # Messages of stores have addresses in them.
+            status, detail = 503, "what is stored cannot be reached, and nothing was changed; the log has the details"
+            headers = {"Retry-After": "5"}
         case RequestValidationError():
             errors = [
                 {
@@ -100,6 +105,6 @@ def install(app: FastAPI) -> None:
 
     for kind in (
         ProblemError, OverloadedError, DeadlinePassedError, InputError, RequestValidationError, HTTPException,
-        RecursionError, Exception,
+        RecursionError, StorageError, RegistryError, Exception,
     ):  # fmt: skip
         app.add_exception_handler(kind, answer)

@@ -304,6 +304,20 @@ class RollbackRequest(_Body):
     reason: Annotated[str, Field(min_length=1, max_length=500)]
 
 
+class EraseRequest(_Body):
+    """Of whom everything is to be forgotten: events of which a column has this value."""
+
+    column: Annotated[str, Field(min_length=1, max_length=200)]
+    value: Annotated[str, Field(min_length=1, max_length=500)]
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class Erased(BaseModel):
+    """How many events were kept, and are no longer."""
+
+    erased: int
+
+
 class AliasMoved(BaseModel):
     """Where an alias was and is. gate: what the version was registered with."""
 

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ from assay_platform.errors import InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.fraud import FraudModel
 from assay_platform.tracking import AuditLog
+from assay_platform.tracking.client import open_client
 
 pytestmark = [pytest.mark.ray, pytest.mark.services]
 
@@ -116,8 +119,6 @@ def test_a_recommend_run_reports_the_contract_and_beats_popularity(recommend_rep
 
 
 def test_the_run_trials_and_fingerprint_are_in_mlflow(home: Config, fraud_report: RunReport) -> None:
-    from assay_platform.tracking.client import open_client
-
     client = open_client(home.tracking_uri)
     run = client.get_run(fraud_report.mlflow_run_id)
     assert run.info.status == "FINISHED"
@@ -129,7 +130,6 @@ def test_the_run_trials_and_fingerprint_are_in_mlflow(home: Config, fraud_report
 
 def test_the_model_loads_with_mlflow_and_pickles_refused(home: Config, fraud_report: RunReport) -> None:
     import mlflow
-    from assay_platform.tracking.client import open_client
 
     open_client(home.tracking_uri)
     assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
@@ -691,6 +691,123 @@ def test_the_champion_recalibrates_and_learns_on_from_what_the_table_has_since(
     assert anew.alias == "challenger"
     with pytest.raises(InputError, match="no champion to learn on"):
         run_application(replace(own, model_name="fraud-nobody", update=True), Reporter())
+
+
+def test_what_is_kept_of_a_card_is_forgotten_when_asked_to(
+    service: httpx.Client, home: Config, files: dict[str, tuple[Path, Path]]
+) -> None:
+    for name, card in (("forget 1", "leaver"), ("forget 2", "leaver"), ("keep", "stayer")):
+        _record(service, payment(files, transaction_id=name, card_id=card))
+    body = {"column": "card_id", "value": "leaver", "reason": "asked for in letter 12"}
+    assert service.post("/v1/admin/erase", json=body).json() == {"erased": 2}
+    for name in ("forget 1", "forget 2"):
+        assert service.get(f"/v1/fraud/decisions/{name}").status_code == 404
+    assert service.get("/v1/fraud/decisions/keep").status_code == 200
+    newest = service.get("/v1/fraud/decisions").json()["decisions"]
+    assert "leaver" not in {one["event"]["card_id"] for one in newest}
+    entry = list(AuditLog(home.paths.audit_log).entries())[-1]
+    assert (entry["action"], entry["records"], entry["reason"]) == ("erase", 2, "asked for in letter 12")
+    assert "leaver" not in json.dumps(entry)
+    assert "names nobody" in service.post("/v1/admin/erase", json={**body, "column": "amount"}).json()["detail"]
+
+
+def test_labels_are_counted_with_what_was_decided(service: httpx.Client, files: dict[str, tuple[Path, Path]]) -> None:
+    def judged() -> float:
+        text = service.get("/metrics").text
+        return sum(map(float, re.findall(r'assay_fraud_judged_total{.*fraud="true".*} (.+)', text)))
+
+    before = judged()
+    made = _record(service, payment(files, transaction_id="judged"))["decision"]
+    label = {"id": "judged", "fraud": True, "reported_at": made["decided_at"]}
+    for _ in range(2):  # the same label twice is one
+        assert service.post("/v1/labels", json={"labels": [label]}).status_code == 202
+    assert judged() == before + 1
+
+
+def test_slow_and_half_open_callers_hold_up_nobody(service: httpx.Client, files: dict[str, tuple[Path, Path]]) -> None:
+    content = json.dumps({"events": [payment(files)]}).encode()
+    head = f"POST /v1/fraud/score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    where = ("127.0.0.1", service.base_url.port)
+    idle = [socket.create_connection(where) for _ in range(50)]
+    stuck = [socket.create_connection(where) for _ in range(50)]
+    for one in stuck:
+        one.sendall(head + content[:10])  # and never the rest
+    gone = [socket.create_connection(where) for _ in range(20)]
+    for one in gone:
+        one.sendall(head + content)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.close()  # a reset, without waiting for the answer
+    began = time.monotonic()
+    for _ in range(20):
+        assert service.post("/v1/fraud/score", content=content).status_code == 200
+    assert time.monotonic() - began < 5
+    slow = socket.create_connection(where)
+    for i in range(0, len(head + content), 40):
+        slow.sendall((head + content)[i : i + 40])
+        time.sleep(0.01)
+    assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    for one in (*idle, *stuck, slow):
+        one.close()
+
+
+def test_without_its_registry_a_service_goes_on_and_a_poisoned_version_changes_nothing(
+    home: Config,
+    files: dict[str, tuple[Path, Path]],
+    fraud_report: RunReport,
+    recommend_report: RunReport,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(home.paths.home, tmp_path / "home")
+    config = Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
+    with serving(config.paths.home) as (client, _):
+
+        def scores() -> float:
+            answer = client.post("/v1/fraud/score", json={"events": [payment(files)]})
+            assert answer.status_code == 200
+            return float(answer.json()["scores"][0]["score"])
+
+        before = scores()
+        # A registry that is no database any more.
+        store = config.paths.home / "mlflow.db"
+        kept = store.read_bytes()
+        store.write_bytes(b"not a database" * 100)
+        time.sleep(2.5)  # two looks at it
+        assert scores() == pytest.approx(before, abs=1e-6)
+        away = client.get("/v1/registry")
+        assert (away.status_code, away.headers["retry-after"]) == (503, "5")
+        sent = {"events": [payment(files, transaction_id="while it was away")], "application": "fraud"}
+        assert client.post("/v1/events", json=sent).json()["accepted"] == {"fraud": 1}
+        store.write_bytes(kept)
+        assert client.get("/v1/registry").status_code == 200
+        # A disk that takes nothing more.
+        scorer = int((config.paths.home / "writer.lock").read_text())
+        free = resource.prlimit(scorer, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        refused = {"events": [payment(files, transaction_id="disk full")], "application": "fraud"}
+        answer = client.post("/v1/events", json=refused)
+        assert answer.status_code == 503, "what is not safe is not acknowledged"
+        assert scores() == pytest.approx(before, abs=1e-6)
+        resource.prlimit(scorer, resource.RLIMIT_FSIZE, free)
+        assert client.post("/v1/events", json=refused).json()["accepted"] == {"fraud": 1}
+        assert client.post("/v1/events", json=sent).json()["duplicates"] == {"fraud": [0]}
+        # A version whose weights somebody has changed after they were registered.
+        registry, store_of = open_registry(config), open_client(config.tracking_uri)
+        now = registry.version_of("fraud-own")
+        first = store_of.get_model_version("fraud-own", str(now))
+        made = store_of.create_model_version(
+            "fraud-own", first.source, first.run_id, tags=first.tags, model_id=first.model_id
+        )
+        other = int(made.version)
+        [weights] = registry.download("fraud-own", other).glob("*.safetensors")
+        poisoned = bytearray(weights.read_bytes())
+        poisoned[-8:] = b"\xff" * 8
+        weights.write_bytes(poisoned)
+        registry.promote("fraud-own", other, reason="poisoned", unchecked=True)
+        deadline = time.monotonic() + 20
+        while 'outcome="failed"' not in client.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert client.get("/v1/models").json()["models"][0]["version"] == now
+        assert scores() == pytest.approx(before, abs=1e-6)
 
 
 @pytest.fixture(scope="module")

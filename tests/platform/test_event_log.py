@@ -93,3 +93,31 @@ while True:
     frames = list(log.frames())
     assert [frame.first for frame in frames] == list(range(0, log.next_position, 3))
     assert all(frame.payload == b"payload" * 20 for frame in frames)
+
+
+def test_a_full_disk_takes_nothing_and_once_there_is_room_the_log_goes_on(tmp_path: Path) -> None:
+    program = """
+import resource, signal, sys
+from pathlib import Path
+from assay_platform.errors import StorageError
+from assay_platform.storage.log import EventLog
+
+log = EventLog(Path(sys.argv[1]))
+log.append(b"a" * 1000, 1)
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+for limit in (0, 1500):  # nothing of it fits, and a part of it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        log.append(b"b" * 1000, 1)
+        raise SystemExit("it was taken")
+    except StorageError as error:
+        assert "nothing was added" in str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+log.append(b"c" * 1000, 1)
+assert [frame.payload[:1] for frame in log.frames()] == [b"a", b"c"]
+assert [frame.first for frame in log.frames()] == [0, 1]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -91,7 +91,9 @@ class ServiceMetrics:
             "assay_recommendations_total", "Recommendation lists", ("cold_start",), registry=self.registry
         )
         self._drift_windows = CounterMetric(
-            "assay_fraud_drift_windows_total", "Windows of events and of labels that were looked at", registry=self.registry
+            "assay_fraud_drift_windows_total",
+            "Windows of events and of labels that were looked at",
+            registry=self.registry,
         )
         self._drift_findings, self._drift_alarms = (
             Gauge(f"assay_fraud_drift_{name}", text, ("column", "kind"), registry=self.registry)

@@ -6,13 +6,14 @@ the log is opened, and removed; it was never acknowledged. One writer at a time,
 """
 
 import fcntl
+import io
 import os
 import struct
 import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from assay_platform.errors import StorageError
 
@@ -54,7 +55,7 @@ class EventLog:
         if not self._segments:
             self._segments = [(0, self._path(0))]
         self._next = self._recover()
-        self._file: BinaryIO = self._segments[-1][1].open("ab")
+        self._file = self._opened()
 
     @property
     def next_position(self) -> int:
@@ -76,22 +77,21 @@ class EventLog:
             first = self._next
             rest = _REST.pack(len(payload), first, count)
             frame = _MAGIC + struct.pack("<I", zlib.crc32(payload, zlib.crc32(rest))) + rest + payload
-            before = self._file.tell()
+            before = os.fstat(self._file.fileno()).st_size
             try:
-                self._file.write(frame)
-                self._file.flush()
+                rest_of_frame = memoryview(frame)
+                while rest_of_frame:
+                    rest_of_frame = rest_of_frame[self._file.write(rest_of_frame) :]
                 if self._sync:
                     os.fsync(self._file.fileno())
             except OSError as error:
                 os.truncate(self._segments[-1][1], before)
-                self._file.close()
-                self._file = self._segments[-1][1].open("ab")
                 raise StorageError(f"{self.folder}: cannot be written ({error.strerror}); nothing was added") from error
             self._next = first + count
             if before + len(frame) >= self._segment_bytes:
                 self._file.close()
                 self._segments.append((self._next, self._path(self._next)))
-                self._file = self._segments[-1][1].open("ab")
+                self._file = self._opened()
             return first
 
     def frames(self) -> Iterator[Frame]:
@@ -115,6 +115,10 @@ class EventLog:
         with self._mutex:
             self._file.close()
             self._owner.close()
+
+    def _opened(self) -> io.FileIO:
+        # Without a buffer: one that could not be written would be written again by whatever comes next.
+        return io.FileIO(self._segments[-1][1], "ab")
 
     def _path(self, first: int) -> Path:
         return self.folder / f"{first:020d}.log"

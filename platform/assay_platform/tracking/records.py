@@ -6,14 +6,23 @@ reported of it stays. An event without an id leaves no record.
 """
 
 import json
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from assay_platform.storage.disk import DiskTier
 
 Record = dict[str, Any]
+_PAGE, _SWEPT = 1000, 100
+
+
+def _newest_s(record: Record) -> float:
+    """When something was last added to it; those of before this was noted count as new."""
+    decided, label = record.get("decision") or {}, record.get("label") or {}
+    times = (record.get("kept_at"), decided.get("decided_at"), label.get("reported_at"))
+    return max((float(at) for at in times if at is not None), default=math.inf)
 
 
 class DecisionRecords:
@@ -24,6 +33,7 @@ class DecisionRecords:
         self._flush_s = flush_s
         self._lock = threading.Lock()
         self._pending: dict[str, Record] = {}
+        self._swept = b""  # the last name that `erase_old` has looked at
         self._timer: threading.Timer | None = None
 
     def get(self, event_id: str) -> Record | None:
@@ -42,6 +52,31 @@ class DecisionRecords:
                 self._timer = threading.Timer(self._flush_s, self.flush)
                 self._timer.daemon = True
                 self._timer.start()
+
+    def erase(self, matches: Callable[[Record], bool]) -> int:
+        """Forget all that is kept of events of which this holds; how many there were. Reads every record."""
+        self.flush()
+        erased, last = 0, b""
+        while names := self._disk.keys_after(last, _PAGE):
+            erased += self._erase_of(names, matches)
+            last = names[-1]
+        return erased
+
+    def erase_old(self, before_s: float) -> int:
+        """Forget records that nothing was added to since. Looks at a hundred a call, from where the last call ended."""
+        names = self._disk.keys_after(self._swept, _SWEPT)
+        self._swept = names[-1] if names else b""
+        return self._erase_of(names, lambda record: _newest_s(record) < before_s)
+
+    def _erase_of(self, names: list[bytes], matches: Callable[[Record], bool]) -> int:
+        with self._lock:
+            found = zip(names, self._disk.get_many(names), strict=True)
+            gone = [name for name, record in found if record is not None and matches(json.loads(record))]
+            for name in gone:
+                self._pending.pop(name.decode(), None)
+            if gone:
+                self._disk.delete_many(gone)
+        return len(gone)
 
     def flush(self) -> None:
         """Write what is in memory."""

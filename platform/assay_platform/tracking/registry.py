@@ -262,7 +262,19 @@ class ModelRegistry:
         return current, target
 
     def versions(self) -> list[VersionInfo]:
-        """Every version of every model, newest first within a model."""
+        """Every version of every model, newest first within a model.
+
+        Raises:
+            RegistryError: the registry cannot be read.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._versions()
+        except MlflowException as error:
+            raise RegistryError(f"the registry cannot be read: {error}") from error
+
+    def _versions(self) -> list[VersionInfo]:
         rows: list[VersionInfo] = []
         for model in self._client.search_registered_models(max_results=1000):
             aliases: dict[int, list[str]] = {}
