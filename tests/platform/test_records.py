@@ -19,6 +19,17 @@ def test_what_matches_is_forgotten_whether_it_is_on_disk_yet_or_not(tmp_path: Pa
     records.close()
 
 
+def test_whatever_an_event_has_comes_back_from_disk(tmp_path: Path) -> None:
+    event = {"card": 10**30, "name": "Åse \u2028", "none": None, "half": 0.5, "small": -1}
+    records = DecisionRecords(tmp_path)
+    records.remember({"one": {"event": event}})
+    records.flush()
+    records.remember({"one": {"label": {"fraud": True}}})
+    records.flush()
+    assert records.get("one") == {"event": event, "label": {"fraud": True}}
+    records.close()
+
+
 def test_records_that_nothing_was_added_to_for_long_go_and_others_stay(tmp_path: Path) -> None:
     records = DecisionRecords(tmp_path)
     records.remember({f"e{i:03}": {"event": {}, "kept_at": float(i)} for i in range(250)})

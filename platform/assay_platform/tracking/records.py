@@ -12,10 +12,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from assay_platform.storage.disk import DiskTier
 
 Record = dict[str, Any]
 _PAGE, _SWEPT = 1000, 100
+
+
+def _as_json(record: Record) -> bytes:
+    try:
+        return msgspec.json.encode(record)  # a fifth of the time, which scoring would wait for
+    except OverflowError:  # whole numbers of more than 64 bits
+        return json.dumps(record).encode()
 
 
 def _newest_s(record: Record) -> float:
@@ -87,7 +96,7 @@ class DecisionRecords:
             names = list(self._pending)
             known = self._disk.get_many([name.encode() for name in names])
             merged = {
-                name.encode(): json.dumps({**(json.loads(old) if old else {}), **self._pending[name]}).encode()
+                name.encode(): _as_json({**(json.loads(old) if old else {}), **self._pending[name]})
                 for name, old in zip(names, known, strict=True)
             }
             if merged:
