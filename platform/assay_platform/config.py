@@ -8,7 +8,7 @@ import os
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from assay_platform.errors import ConfigError
 
@@ -79,7 +79,8 @@ class Service:
 
     max_batch_ms: what one call of a model may take, so that those who come next wait no longer. max_wait_ms: a request
     that would have to wait longer is refused. workers: processes that hold models. tls_certificate, tls_key: PEM files.
-    keep_decisions_days: after which what was decided of an event is forgotten.
+    keep_decisions_days: after which what was decided of an event is forgotten. log: for people, or
+    a JSON object a line.
     """
 
     host: str = "127.0.0.1"
@@ -94,6 +95,7 @@ class Service:
     max_wait_ms: float = 250.0
     poll_registry_s: float = 1.0
     keep_decisions_days: float = 400.0
+    log: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -103,6 +105,8 @@ class Service:
         for name in ("tls_certificate", "tls_key"):
             if getattr(self, name) and not Path(getattr(self, name)).is_file():
                 raise ConfigError(f"service.{name} is {getattr(self, name)!r}; there is no such file")
+        if self.log not in ("text", "json"):
+            raise ConfigError(f"service.log is {self.log!r}; allowed are text and json")
         above_0 = (
             "workers",
             "max_body_bytes", "max_batch", "max_requests_per_s", "max_batch_ms", "max_wait_ms", "poll_registry_s",
@@ -111,6 +115,33 @@ class Service:
         for name in above_0:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"service.{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How many replicas `assay serve --ray` has.
+
+    min_replicas: 0 lets the last one go after zero_s without a request; the next request waits until one is there.
+    max_replicas: 0 for as many as cores, less one. utilisation: of what a replica can answer, wanted. call_ms, row_ms:
+    what a call of the model takes, and more for each request in it (`assay_batch_seconds` over `assay_batch_requests`).
+    start_s: until a replica that is asked for answers. hold_s: one that was not needed for so long goes.
+    """
+
+    min_replicas: int = 1
+    max_replicas: int = 0
+    utilisation: float = 0.9
+    call_ms: float = 7.0
+    row_ms: float = 0.4
+    start_s: float = 15.0
+    hold_s: float = 60.0
+    zero_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("utilisation", "call_ms", "row_ms"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"scaling.{name} is {getattr(self, name)}; it must be above 0")
+        if self.min_replicas < 0 or self.max_replicas < 0:
+            raise ConfigError("scaling.min_replicas and scaling.max_replicas must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +180,7 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
     service: Service = field(default_factory=Service)
     rollout: Rollout = field(default_factory=Rollout)
+    scaling: Scaling = field(default_factory=Scaling)
 
     @property
     def tracking_uri(self) -> str:
@@ -156,7 +188,8 @@ class Config:
         return self.tracking.uri or f"sqlite:///{self.paths.home / 'mlflow.db'}"
 
 
-_SECTIONS: dict[str, type[Any]] = {"paths": Paths, "tracking": Tracking, "service": Service, "rollout": Rollout}
+_SECTIONS: dict[str, type[Any]] = {"paths": Paths, "tracking": Tracking, "service": Service, "rollout": Rollout,
+                                   "scaling": Scaling}  # fmt: skip
 
 
 def load_config(path: Path | None = None) -> Config:

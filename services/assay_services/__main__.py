@@ -10,7 +10,7 @@ from dataclasses import replace
 from assay_platform.config import Config, Service, load_config
 from assay_platform.errors import AssayError, ConfigError, InputError
 
-from assay_services.children import log_to_stderr
+from assay_services.logs import log_to_stderr
 
 
 def main() -> int:
@@ -24,9 +24,9 @@ def main() -> int:
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--new-key")
     call = parser.parse_args()
-    log_to_stderr()
     try:
         config = load_config()
+        log_to_stderr(config.service.log)
         service = config.service
         chosen = {"host": call.host, "port": call.port, "workers": call.workers}
         service = replace(service, **{k: v for k, v in chosen.items() if v is not None})

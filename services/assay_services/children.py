@@ -1,6 +1,5 @@
 """What the processes of a service run. Imports what they need when they are started."""
 
-import logging
 import signal
 import socket
 from functools import partial
@@ -9,14 +8,9 @@ from typing import Any
 
 from assay_platform.config import Config
 
+from assay_services.logs import log_to_stderr
+
 _BACKLOG = 4096
-
-
-def log_to_stderr() -> None:
-    """As all processes of a service do."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "mlflow", "alembic", "feast"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def run_front(config: Config, listener: socket.socket, folder: Path, name: str) -> None:
@@ -27,7 +21,7 @@ def run_front(config: Config, listener: socket.socket, folder: Path, name: str) 
     from assay_services.front import Front
     from assay_services.supervisor import end_with_parent
 
-    log_to_stderr()
+    log_to_stderr(config.service.log)
     end_with_parent()
     service = config.service
     front = Front(config, folder, name)
@@ -59,7 +53,7 @@ def run_scorer(config: Config, front: Path, fraud: str | None, recommend: str | 
     from assay_services.scorer import Scorer
     from assay_services.supervisor import end_with_parent
 
-    log_to_stderr()
+    log_to_stderr(config.service.log)
     end_with_parent()
     torch.set_num_threads(1)
     scorer = Scorer(config, front, fraud=fraud, recommend=recommend)

@@ -3,11 +3,14 @@
 import os
 import signal
 import threading
+from dataclasses import asdict
 from typing import Any
 
 from assay_platform.config import Config
 from assay_platform.errors import ClusterError
 from assay_platform.tasks.cluster import ray_cluster
+
+from assay_services.scaling import ScalingRule
 
 _MAX_ONGOING = 64
 # As `assay serve` does in its one process.
@@ -24,15 +27,22 @@ def run_on_ray(config: Config, *, host: str, port: int, fraud: str | None, recom
     with ray_cluster():
         from ray import serve
 
-        num_cpus = len(os.sched_getaffinity(0))
+        rule = rule_of(config, len(os.sched_getaffinity(0)))
 
         @serve.deployment(
             name="assay",
             max_ongoing_requests=_MAX_ONGOING,
             autoscaling_config={
-                "min_replicas": 1,
-                "max_replicas": max(1, num_cpus - 1),
-                "target_ongoing_requests": 8,
+                "min_replicas": rule.min_replicas,
+                "max_replicas": rule.max_replicas,
+                "upscale_delay_s": 0.0,
+                "downscale_delay_s": 0.0,
+                "metrics_interval_s": 1.0,
+                "look_back_period_s": 5.0,
+                "policy": {
+                    "policy_function": "assay_services.scaling:ServePolicy",
+                    "policy_kwargs": asdict(rule),
+                },
             },
             ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": _ONE_THREAD}},
         )
@@ -52,6 +62,23 @@ def run_on_ray(config: Config, *, host: str, port: int, fraud: str | None, recom
             signal.signal(number, lambda *_: stop.set())
         stop.wait()
         serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def rule_of(config: Config, num_cpus: int) -> ScalingRule:
+    """The settings as a rule."""
+    given = config.scaling
+    most = given.max_replicas or max(1, num_cpus - 1)
+    return ScalingRule(
+        fixed_s=given.call_ms / 1e3,
+        a_row_s=given.row_ms / 1e3,
+        max_batch_s=config.service.max_batch_ms / 1e3,
+        utilisation=given.utilisation,
+        start_s=given.start_s,
+        hold_s=given.hold_s,
+        zero_s=given.zero_s,
+        min_replicas=min(given.min_replicas, most),
+        max_replicas=most,
+    )
 
 
 def _builder(config: Config, fraud: str | None, recommend: str | None) -> Any:

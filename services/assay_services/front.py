@@ -21,7 +21,7 @@ from assay_services.fast_path import FULL, LANES, FastPath, Queues, limits_of, r
 from assay_services.idempotency import Idempotency
 from assay_services.inner import InnerClient
 from assay_services.lanes import Lanes, Pool
-from assay_services.limits import REQUEST_ID, Gatekeeper
+from assay_services.limits import REQUEST_ID_HEADER, Gatekeeper
 from assay_services.problems import ProblemError
 from assay_services.replies import JSON, Reply, refusal, send_reply
 from assay_services.siblings import merged, metrics_in
@@ -70,8 +70,8 @@ class Front:
         if queue is None or queue.has_room():
             return None
         self._metrics.answered(path.decode(), "POST", FULL.status, 0.0)
-        given = next((value for name, value in headers if name == REQUEST_ID), None)
-        return b"%s%s: %s\r\n\r\n%s" % (_FULL_HEAD, REQUEST_ID, self._app.request_id(given), FULL.body)
+        given = next((value for name, value in headers if name == REQUEST_ID_HEADER), None)
+        return b"%s%s: %s\r\n\r\n%s" % (_FULL_HEAD, REQUEST_ID_HEADER, self._app.request_id(given), FULL.body)
 
     async def _lifespan(self, receive: Any, send: Any) -> None:
         await receive()

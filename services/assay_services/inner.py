@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from assay_services.auth import Caller
+from assay_services.logs import REQUEST_ID
 from assay_services.replies import Reply
 
 _CALLER, _REQUEST_ID, _ROUTE = b"x-assay-caller", b"x-request-id", b"x-assay-route"
@@ -87,6 +88,7 @@ class Trusting:
         given = headers.get(_CALLER)
         state = scope.setdefault("state", {})
         state["request_id"] = headers.get(_REQUEST_ID, b"").decode("latin-1")
+        REQUEST_ID.set(state["request_id"])
         state["caller"] = None if given is None else _caller(given)
 
         async def with_route(message: Any) -> None:

@@ -15,12 +15,13 @@ from starlette.requests import ClientDisconnect
 
 from assay_services.auth import ADMIN, READ, SCORE, WRITE, Caller, KeyStore
 from assay_services.console import PATHS as CONSOLE
+from assay_services.logs import REQUEST_ID
 from assay_services.problems import MEDIA_TYPE, problem_bytes
 from assay_services.webhooks import PATH as WEBHOOK
 
 Scope = dict[str, Any]
 _OPEN = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect", *CONSOLE)
-REQUEST_ID, _USABLE_ID = b"x-request-id", re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
+REQUEST_ID_HEADER, _USABLE_ID = b"x-request-id", re.compile(rb"[\w.:/+=-]{1,128}", re.ASCII)
 # The first that fits; whatever else there is needs the right to read.
 _SCOPES = (
     ("/v1/admin/", ADMIN),
@@ -83,14 +84,15 @@ class Gatekeeper:
             return
         started, status = time.perf_counter(), 500
         headers = {name.lower(): value for name, value in scope["headers"]}
-        request_id = self.request_id(headers.get(REQUEST_ID))
+        request_id = self.request_id(headers.get(REQUEST_ID_HEADER))
         scope.setdefault("state", {})["request_id"] = request_id.decode()
+        REQUEST_ID.set(request_id.decode())
 
         async def counted_send(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id)]
             await send(message)
 
         try:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from assay_services.batching import DeadlinePassedError, OverloadedError
+from assay_services.logs import REQUEST_ID
 
 MEDIA_TYPE = "application/problem+json"
 _log = logging.getLogger("assay.service")
@@ -59,7 +60,7 @@ def problem_of(error: Exception) -> tuple[dict[str, Any], dict[str, str]]:
         case InputError():
             status, detail = 422, str(error)
         case StorageError() | RegistryError():
-            _log.error("what is stored cannot be reached", exc_info=error)
+            _log.error("what is stored cannot be reached (request %s)", REQUEST_ID.get(), exc_info=error)
             # Messages of stores have addresses in them.
             status, detail = 503, "what is stored cannot be reached, and nothing was changed; the log has the details"
             headers = {"Retry-After": "5"}
@@ -77,7 +78,7 @@ def problem_of(error: Exception) -> tuple[dict[str, Any], dict[str, str]]:
         case RecursionError():
             status, detail = 400, "the body is nested too deeply"
         case _:
-            _log.error("unexpected error", exc_info=error)
+            _log.error("unexpected error (request %s)", REQUEST_ID.get(), exc_info=error)
             status, detail = 500, "an unexpected error; the server's log has the details"
     return problem_body(status, detail, errors), dict(headers or {})
 
