@@ -33,6 +33,8 @@ def run_front(config: Config, listener: socket.socket, folder: Path, name: str) 
         access_log=False,
         timeout_graceful_shutdown=10,
         server_header=False,
+        # Nobody asks where a request came from.
+        proxy_headers=False,
         backlog=_BACKLOG,
         ssl_certfile=service.tls_certificate or None,
         ssl_keyfile=service.tls_key or None,
