@@ -9,6 +9,7 @@ come back.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -112,7 +113,8 @@ class ServePolicy:
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """How many replicas, and what is to be remembered until it is asked again."""
-        now = Load(float(context.current_time), float(context.total_num_requests), int(context.current_num_replicas))
+        at_s = float(context.current_time or time.time())
+        now = Load(at_s, float(context.total_num_requests), int(context.current_num_replicas))
         held = [Load(*load) for load in context.policy_state.get("seen", ())]
         seen = [*(load for load in held if load.at_s >= now.at_s - self._rule.memory_s), now]
         return self._rule.wanted(seen), {"seen": [tuple(load) for load in seen]}
