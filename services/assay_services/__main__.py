@@ -48,7 +48,7 @@ def _new_key(config: Config, who: str) -> int:
 
     key = KeyStore(config.paths.api_keys).create(who)
     sys.stdout.write(f"{key}\n")
-    sys.stderr.write(f"key for {who!r}; it is not shown again. A running service reads keys at its start.\n")
+    sys.stderr.write(f"key for {who!r}; it is not shown again. A running service knows it within a second.\n")
     return 0
 
 

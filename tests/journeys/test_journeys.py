@@ -759,7 +759,7 @@ def test_without_its_registry_a_service_goes_on_and_a_poisoned_version_changes_n
 ) -> None:
     shutil.copytree(home.paths.home, tmp_path / "home")
     config = Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
-    with serving(config.paths.home) as (client, _):
+    with serving(config.paths.home, "--fraud", "fraud-own") as (client, _):
 
         def scores() -> float:
             answer = client.post("/v1/fraud/score", json={"events": [payment(files)]})
