@@ -1,5 +1,6 @@
 """What of lists is taken, and how much of the catalogue they show."""
 
+import pytest
 from assay_services import shown
 from assay_services.shown import ShownLists
 
@@ -19,7 +20,7 @@ def test_an_item_of_the_newest_list_counts_once_and_not_after_a_week() -> None:
     assert not lists.taken("ann", "d")
 
 
-def test_coverage_is_of_the_newest_lists_and_users_are_forgotten(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_coverage_is_of_the_newest_lists_and_users_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shown, "_LISTS", 2)
     monkeypatch.setattr(shown, "_USERS", 2)
     lists = ShownLists()
