@@ -23,6 +23,7 @@ _EPILOG = """examples:
   assay features embed --help                            vectors of columns with many values
   assay models                                           what the registry holds
   assay serve                                            REST on http://127.0.0.1:8000, docs at /docs
+  assay gateway                                          one address in front of several regions
   assay promote fraud-card 2                             make version 2 the one that answers
 
 Settings are read from assay.toml or the file that ASSAY_CONFIG names; ASSAY_HOME says where state lives.
@@ -38,6 +39,22 @@ _EMBED_EPILOG = """examples:
   assay features embed fraud --data card.csv --schema card.toml --column store_id --out plan.json
   assay features embed fraud --data card.csv --schema card.toml --column card_id --plan plan.json --out plan.json
   assay run fraud --data card.csv --schema card.toml --plan plan.json      train and serve with both
+"""
+
+
+_GATEWAY = """Sends every request to the nearest region that is up, by measured latency, and brings
+every event, label, new item and erasure to all of them. A region that stops
+answering is left within a second; when it is back it is told what it missed first.
+Whoever has written reads from the region that took it until others know it
+(header X-Assay-Session says who that is; else the API key, else the address)."""
+_GATEWAY_EPILOG = """assay.toml of the gateway:
+  [gateway]
+  regions = { north = "http://10.0.1.2:8000", south = "http://10.0.2.2:8000" }
+
+ASSAY_GATEWAY_KEY is an API key of the regions that may write and administrate.
+
+  curl http://127.0.0.1:8080/v1/gateway                            regions, latency, lag
+  curl -X POST http://127.0.0.1:8080/v1/admin/gateway/south/drain  no more requests to one; /resume ends it
 """
 
 
@@ -143,6 +160,13 @@ def _parser() -> argparse.ArgumentParser:
                        help="processes that answer on the port (default: 1); one that ends starts again")  # fmt: skip
     serve.add_argument("--ray", action="store_true", help="scale out on Ray Serve")
     serve.add_argument("--new-key", metavar="WHO", help="create an API key for WHO, print it once, and exit")
+
+    gateway = commands.add_parser(
+        "gateway", help="one address in front of several regions", description=_GATEWAY, epilog=_GATEWAY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    gateway.add_argument("--host", metavar="HOST", help="default 127.0.0.1; any other needs an API key")
+    gateway.add_argument("--port", type=int, metavar="PORT", help="default 8080; 0 takes any free one")
 
     keys = commands.add_parser("keys", help="API keys of the service; a running one notices changes within a second")
     key_commands = keys.add_subparsers(dest="keys_command", metavar="ACTION", required=True, parser_class=_Parser)

@@ -45,6 +45,7 @@ def dispatch(call: argparse.Namespace) -> int:
         "tune": _tune,
         "automl": _automl,
         "serve": _serve,
+        "gateway": _gateway,
         "keys": _keys,
         "promote": _promote,
         "rollback": _rollback,
@@ -333,6 +334,12 @@ def _serve(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001 - s
         arguments.append("--ray")
     sys.stdout.flush()
     os.execv(sys.executable, arguments)  # noqa: S606 - our own interpreter and module
+
+
+def _gateway(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
+    given = [*_option("--host", call.host), *_option("--port", call.port)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "assay_services.gateway", *given])  # noqa: S606 - as above
 
 
 def _keys(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001

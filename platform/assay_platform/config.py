@@ -5,6 +5,7 @@ where state lives. Variants of a *model* are Python values and live beside the m
 """
 
 import os
+import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -54,6 +55,11 @@ class Paths:
     def tasks(self) -> Path:
         """What tasks run in which process, and how long they take."""
         return self.home / "tasks"
+
+    @property
+    def gateway(self) -> Path:
+        """Writes that the gateway has yet to bring to some regions."""
+        return self.home / "gateway"
 
     @property
     def audit_log(self) -> Path:
@@ -173,6 +179,35 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gateway:
+    """What `assay gateway` stands in front of.
+
+    regions: name → URL of a service. probe_s: how often each is asked whether it is there. patience_s: one that leaves
+    two questions unanswered for so long is gone, and what it was answering goes to another. max_lag_s: one that other
+    regions' events reach later than this gets no requests as long as there is another.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    regions: dict[str, str] = field(default_factory=dict)
+    probe_s: float = 0.1
+    patience_s: float = 0.3
+    max_lag_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"gateway.port is {self.port}; allowed are 0 (any free port) to 65535")
+        for name, url in self.regions.items():
+            if not re.fullmatch(r"[\w-]{1,40}", name, re.ASCII):
+                raise ConfigError(f"gateway.regions: {name!r}; a name is letters, digits, _ and -")
+            if not isinstance(url, str) or not re.fullmatch(r"https?://[^/\s?#@]+/?", url):
+                raise ConfigError(f"gateway.regions.{name} is {url!r}; expected http://HOST:PORT or https://HOST:PORT")
+        for name in ("probe_s", "patience_s", "max_lag_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of one deployment."""
 
@@ -181,6 +216,7 @@ class Config:
     service: Service = field(default_factory=Service)
     rollout: Rollout = field(default_factory=Rollout)
     scaling: Scaling = field(default_factory=Scaling)
+    gateway: Gateway = field(default_factory=Gateway)
 
     @property
     def tracking_uri(self) -> str:
@@ -189,7 +225,7 @@ class Config:
 
 
 _SECTIONS: dict[str, type[Any]] = {"paths": Paths, "tracking": Tracking, "service": Service, "rollout": Rollout,
-                                   "scaling": Scaling}  # fmt: skip
+                                   "scaling": Scaling, "gateway": Gateway}  # fmt: skip
 
 
 def load_config(path: Path | None = None) -> Config:

@@ -1,15 +1,14 @@
 """`python -m assay_services`: what `assay serve` becomes."""
 
 import argparse
-import ipaddress
 import os
-import socket
 import sys
 from dataclasses import replace
 
 from assay_platform.config import Config, Service, load_config
-from assay_platform.errors import AssayError, ConfigError, InputError
+from assay_platform.errors import AssayError, InputError
 
+from assay_services.listening import bind, refuse_to_be_open
 from assay_services.logs import log_to_stderr
 
 
@@ -55,12 +54,8 @@ def _new_key(config: Config, who: str) -> int:
 def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
     from assay_services.auth import KeyStore
 
-    if not _is_loopback(service.host) and not KeyStore(config.paths.api_keys):
-        raise ConfigError(
-            f"--host {service.host} is open to others, but there is no API key; "
-            "make one with `assay serve --new-key NAME`"
-        )
-    listener = _bind(service.host, service.port)
+    refuse_to_be_open(service.host, KeyStore(config.paths.api_keys))
+    listener = bind(service.host, service.port)
     port = listener.getsockname()[1]
     if call.ray:
         from assay_services.deployment import run_on_ray
@@ -82,27 +77,6 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
     sys.stdout.write(f"Assay answers on {scheme}://{service.host}:{port}  docs: /docs  (Ctrl-C stops it)\n")
     sys.stdout.flush()
     serve(config, listener, fraud=call.fraud, recommend=call.recommend)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(4096)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 if __name__ == "__main__":

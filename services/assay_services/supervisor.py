@@ -70,8 +70,9 @@ class Supervisor:
     def _start_those_that_are_not(self) -> None:
         for child in self._children:
             if child.process is None and time.monotonic() >= child.not_before:
-                child.process = self._context.Process(target=child.target, args=child.arguments, name=child.name)
-                child.process.start()
+                process = self._context.Process(target=child.target, args=child.arguments, name=child.name)
+                process.start()
+                child.process = process
                 child.started_at = time.monotonic()
 
     def _notice_those_that_ended(self) -> None:

@@ -12,6 +12,9 @@ import pytest
 import yaml
 from assay_platform.config import load_config
 from assay_platform.monitoring.metrics import ServiceMetrics
+from assay_services.gateway.choice import Region
+from assay_services.gateway.metrics import RegionMetrics
+from assay_services.gateway.outbox import Outbox
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -54,6 +57,8 @@ def test_alerts_and_dashboard_ask_for_metrics_that_the_service_has(tmp_path: Pat
     metrics.watch_queues(dict)
     metrics.watch_tiers(dict)
     metrics.watch_experts(dict)
+    outbox = Outbox(tmp_path / "gateway", ["a"])
+    RegionMetrics(metrics.registry, {"a": Region("a")}, outbox)
     known = set(re.findall(r"# TYPE (\S+)", metrics.render().decode()))
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     for query in [rule["expr"] for rule in rules()] + dashboard_queries():

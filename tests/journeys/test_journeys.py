@@ -620,6 +620,47 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_writes_on(
             time.sleep(0.5)
 
 
+def can_make_namespaces() -> bool:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "assay-probe"], check=False, capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "del", "assay-probe"], check=True)
+    return made
+
+
+@pytest.mark.skipif(not can_make_namespaces(), reason="network namespaces need root and iproute2")
+def test_a_lost_region_costs_no_answer_and_regions_come_to_know_the_same(
+    fraud_report: RunReport, home: Config, files: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    events = json.loads(pd.read_csv(files["fraud"][0]).drop(columns="fraud").tail(40).to_json(orient="records"))
+    keys = ["card_id", "store_id", "provider"]
+    table = {"events": events, "keys": keys, "totals": ["spent"], "id": "transaction_id", "timestamp": "datetime"}
+    (tmp_path / "events.json").write_text(json.dumps(table))
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "serving_regions.py"
+    ran = subprocess.run(
+        [sys.executable, benchmark, "--json", "--model", "fraud-own", "--losses", "2", "--seconds", "1", "--rate", "20",
+         "--pause", "1", "--regions", "near", "far", "--events", tmp_path / "events.json"],
+        env={**os.environ, "ASSAY_HOME": str(home.paths.home)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    rows = {row["case"]: row for row in json.loads(ran.stdout.splitlines()[-1])["rows"]}
+    for case in (
+        "failed while regions were drained and came back",
+        "requests failed, none sent again by callers",
+        "wrong scores",
+        "sessions that did not read what they wrote",
+        "acknowledged events that a region does not know",
+        "payments that regions score differently afterwards",
+    ):
+        assert rows[case]["ours"] == 0, rows[case]
+    # Within a second, or a little more where tests share the cores.
+    assert rows["longest time without a good answer when the nearest is lost"]["ours"] < 2
+    # There and back.
+    assert [rows[f"{name}: p50 of a score through the gateway"]["ours"] > ms for name, ms in
+            (("near", 4), ("far", 90))] == [True] * 2  # fmt: skip
+
+
 def test_a_taken_port_is_said(service: httpx.Client, home: Config) -> None:
     port = str(service.base_url.port)
     environment = {**os.environ, "ASSAY_HOME": str(home.paths.home)}

@@ -94,10 +94,12 @@ class EventLog:
                 self._file = self._opened()
             return first
 
-    def frames(self) -> Iterator[Frame]:
-        """All batches, oldest first."""
-        for _, path in list(self._segments):
-            yield from (frame for frame, _ in _read_frames(path))
+    def frames(self, first: int = 0) -> Iterator[Frame]:
+        """Batches, oldest first, from the one that holds a position on, or from the oldest that is kept."""
+        segments = list(self._segments)
+        begin = max(0, sum(start <= first for start, _ in segments) - 1)
+        for _, path in segments[begin:]:
+            yield from (frame for frame, _ in _read_frames(path) if frame.first + frame.num_entries > first)
 
     def segments(self) -> list[tuple[int, Path]]:
         """First position and file of every segment, oldest first; the last one is being written."""

@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param
-
 from assay_platform.tracking.client import open_client
 
 _PARAM_LIMIT, _BATCH_LIMIT, _MOST_RUNS = 500, 1000, 200
@@ -57,11 +55,15 @@ class RunLog:
 
     def log_steps(self, name: str, values: list[float]) -> None:
         """Record a metric once an epoch."""
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         self._client.log_batch(self.run_id, [Metric(name, v, now, step) for step, v in enumerate(values, start=1)])
 
     def log_history(self, history: Mapping[str, list[float]]) -> None:
         """Record many metrics once an epoch."""
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         metrics = [Metric(name, v, now, step) for name, values in history.items() for step, v in enumerate(values, 1)]
         for start in range(0, len(metrics), _BATCH_LIMIT):
@@ -103,6 +105,8 @@ class RunLog:
         self._client.set_terminated(child, "FINISHED" if ok else "FAILED")
 
     def _log(self, run_id: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric, Param
+
         now = int(time.time() * 1000)
         self._client.log_batch(
             run_id,
