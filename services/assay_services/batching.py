@@ -252,7 +252,11 @@ class BatchQueue(Generic[Job]):
 
 
 class Batcher(Generic[Job, Result]):
-    """One thread that answers requests in batches. Requests come from event loops."""
+    """Threads that answer requests in batches, one by default. Requests come from event loops.
+
+    More than one is for a model on a GPU: while it works on one's batch, another makes the next one ready, if that is
+    as large as a batch may be; a smaller one would only take the place of those who come in meanwhile.
+    """
 
     def __init__(
         self,
@@ -260,16 +264,22 @@ class Batcher(Generic[Job, Result]):
         limits: BatchLimits,
         *,
         name: str,
+        num_threads: int = 1,
         on_batch: Callable[[int, int, float], None] = lambda requests, rows, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """work: (shape, jobs) → an answer or an error each, in order. on_batch: told of every call."""
+        """work: (shape, jobs) → an answer or an error each, in order; of as many threads at once as there are.
+        on_batch: told of every call.
+        """
         self._work, self._on_batch, self._clock = work, on_batch, clock
         self._queue: BatchQueue[Job] = BatchQueue(limits)
         self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name=f"assay-{name}", daemon=True)
-        self._thread.start()
+        self._closed, self._num_busy = False, 0
+        self._threads = [
+            threading.Thread(target=self._run, args=(i,), name=f"assay-{name}", daemon=True) for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def num_waiting(self) -> int:
@@ -308,26 +318,31 @@ class Batcher(Generic[Job, Result]):
         return await future
 
     def close(self) -> None:
-        """Answer those who wait, then end the thread. Safe to repeat."""
+        """Answer those who wait, then end the threads. Safe to repeat."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join(timeout=30)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=30)
 
-    def _run(self) -> None:
+    def _run(self, worker: int) -> None:
         while True:
             with self._changed:
-                while (batch := self._queue.take(self._clock())) is None:
-                    if self._closed:
+                while (batch := self._queue.take(self._clock(), worker, only_full=self._num_busy > 0)) is None:
+                    if self._closed and not len(self._queue):
+                        self._changed.notify_all()
                         return
                     self._changed.wait()
+                self._num_busy += 1
             late = DeadlinePassedError("the answer was not ready in the time that the request gave")
             _deliver((one, late) for one in batch.expired)
             began = self._clock()
             answers = self._answers(batch) if batch.taken else []
             seconds = self._clock() - began
             with self._changed:
-                self._queue.done(batch, seconds, self._clock())
+                self._queue.done(batch, seconds, self._clock(), worker)
+                self._num_busy -= 1
+                self._changed.notify()
             _deliver(zip(batch.taken, answers, strict=True))
             if batch.taken:
                 self._on_batch(len(batch.taken), batch.rows, seconds)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -36,8 +37,11 @@ def test_nodes_ask_for_the_token_and_the_job_server_stays_on_loopback() -> None:
 
 
 def on_kubernetes() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The volume and the cluster."""
-    volume, cluster = yaml.safe_load_all((FOLDER / "kuberay.yaml").read_text())
+    """The volume and the cluster of the chart."""
+    values = {"service": {"apiKeysSecret": "keys"}, "ray": {"enabled": True, "gpu": {"max": 4}}}
+    with helm_python.Chart.load(FOLDER.parent / "helm" / "assay") as chart:
+        text = chart.render(values, name="shop", namespace="assay")["assay/templates/ray.yaml"]
+    volume, cluster = yaml.safe_load_all(text)
     return volume, cluster
 
 

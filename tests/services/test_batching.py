@@ -234,3 +234,43 @@ def test_after_close_nobody_is_taken_on_and_those_who_wait_are_answered() -> Non
         return await asyncio.gather(*before)
 
     assert asyncio.run(ask()) == [0, 2, 4, 6, 8]
+
+
+def test_a_second_thread_takes_only_what_fills_a_batch() -> None:
+    running, sizes = threading.Event(), []
+    under_way: list[int] = []
+    most = 0
+    lock = threading.Lock()
+
+    def work(_: Hashable, jobs: Sequence[int]) -> list[int]:
+        nonlocal most
+        with lock:
+            under_way.append(len(jobs))
+            most = max(most, len(under_way))
+            sizes.append(len(jobs))
+        if len(sizes) == 1:
+            running.wait(10)
+        else:
+            time.sleep(0.01)
+        with lock:
+            under_way.pop()
+        return [2 * job for job in jobs]
+
+    batcher: Batcher[int, int] = Batcher(work, BatchLimits(max_rows=2, max_wait_s=30), name="test", num_threads=2)
+
+    async def ask() -> list[int]:
+        first = asyncio.create_task(batcher.submit(0, rows=1))
+        await asyncio.sleep(0.05)
+        alone = asyncio.create_task(batcher.submit(1, rows=1))
+        await asyncio.sleep(0.05)
+        # Fewer than a batch may have: it waits for the thread that is busy.
+        assert sizes == [1]
+        more = [asyncio.create_task(batcher.submit(i, rows=1)) for i in range(2, 20)]
+        await asyncio.sleep(0.3)
+        running.set()
+        return list(await asyncio.gather(first, alone, *more))
+
+    assert asyncio.run(ask()) == [2 * i for i in range(20)]
+    batcher.close()
+    assert most == 2
+    assert max(sizes) == 2

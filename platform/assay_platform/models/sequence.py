@@ -128,9 +128,15 @@ class SequenceEncoder(nn.Module):
     @torch.inference_mode()
     def users(self, histories: Histories) -> Floats:
         """(N, D + 1) vectors of users, 1 behind them: their products with `stacked` vectors of items are scores."""
+        return np.asarray(self.vectors(histories, self.item_vectors()).numpy())
+
+    @torch.inference_mode()
+    def vectors(self, histories: Histories, item_ID: Tensor) -> Tensor:
+        """What `users` returns, where the encoder is. item_ID: `item_vectors`, which are worth keeping on a GPU."""
         events = latest(histories, self.graph_ID, self.config.length)
-        out = self(events, self.item_vectors())[torch.arange(histories.num_users), events.length]
-        return np.asarray(functional.pad(out * self.log_scale.exp(), (0, 1), value=1.0).numpy())
+        rows = torch.arange(histories.num_users, device=events.length.device)
+        out = self(events, item_ID)[rows, events.length]
+        return functional.pad(out * self.log_scale.exp(), (0, 1), value=1.0)
 
     @torch.inference_mode()
     def stacked(self) -> Floats:
@@ -160,7 +166,8 @@ class SequenceEncoder(nn.Module):
 
 
 def latest(histories: Histories, graph_ID: Tensor, length: int) -> Events:
-    """What the encoder looks at of every user."""
+    """What the encoder looks at of every user, where the graph's vectors are."""
+    device = graph_ID.device
     num_users, start = histories.num_users, histories.start
     user, count = histories.users(), np.diff(histories.start)
     another = np.zeros(len(user), dtype=bool)
@@ -175,10 +182,11 @@ def latest(histories: Histories, graph_ID: Tensor, length: int) -> Events:
     for values in (histories.item, gap, times):
         padded = np.zeros(shape, dtype=np.int64)
         padded[user[inside], place[inside]] = values[inside]
-        parts.append(torch.from_numpy(padded))
-    before = torch.zeros(num_users, graph_ID.shape[1])
-    earlier = torch.from_numpy(np.flatnonzero(~inside))
-    if len(earlier):
-        before.index_add_(0, torch.from_numpy(user)[earlier], graph_ID[torch.from_numpy(histories.item)[earlier]])
-        before /= torch.from_numpy(np.maximum(count - kept, 1)).float()[:, None]
-    return Events(parts[0], parts[1], parts[2], before, torch.from_numpy(kept))
+        parts.append(torch.from_numpy(padded).to(device))
+    before = torch.zeros(num_users, graph_ID.shape[1], device=device)
+    earlier = ~inside
+    if earlier.any():
+        whose, what = (torch.from_numpy(of[earlier]).to(device) for of in (user, histories.item))
+        before.index_add_(0, whose, graph_ID[what])
+        before /= torch.from_numpy(np.maximum(count - kept, 1)).to(device).float()[:, None]
+    return Events(parts[0], parts[1], parts[2], before, torch.from_numpy(kept).to(device))
