@@ -303,6 +303,17 @@ def _add_features(commands: "argparse._SubParsersAction[_Parser]") -> None:
             command.add_argument("--rows", type=int, default=10_000, metavar="N",
                                  help="the newest N events (default: 10000)")  # fmt: skip
 
+    skew = actions.add_parser(
+        "skew", help="compare features that decisions were made from with batch, cell by cell; the service shows it",
+    )  # fmt: skip
+    skew.add_argument("application", choices=("fraud",), metavar="APP", help="fraud")
+    skew.add_argument("--data", required=True, metavar="NAME|FILE", help="events with all that happened before them")
+    skew.add_argument("--schema", type=Path, metavar="FILE.toml")
+    skew.add_argument("--name", metavar="MODEL", help="whose champion decided (default: APP-DATA)")
+    skew.add_argument("--rows", type=int, default=2000, metavar="N", help="the newest N decisions (default: 2000)")
+    skew.add_argument("--tolerance", type=float, default=1e-9, metavar="X",
+                      help="relative, of numbers (default: 1e-9, what rounding does to sums)")  # fmt: skip
+
     discover = actions.add_parser("discover", help="search for features that lift later periods; prints them as code")
     discover.add_argument("application", choices=("fraud",), metavar="APP", help="fraud")
     discover.add_argument("--data", required=True, metavar="NAME|FILE")

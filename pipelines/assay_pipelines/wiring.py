@@ -470,6 +470,7 @@ def _demo(call: argparse.Namespace, config: Config) -> int:
 
 def _features(call: argparse.Namespace, config: Config) -> int:
     from assay_pipelines import features
+    from assay_pipelines.skew import run_skew
 
     actions: dict[str, Callable[[argparse.Namespace, Config], int]] = {
         "list": features.list_features,
@@ -489,6 +490,7 @@ def _features(call: argparse.Namespace, config: Config) -> int:
         "verify": features.run_verify,
         "discover": features.run_discover,
         "embed": features.run_embed,
+        "skew": run_skew,
     }
     return works[call.features_command](options, call, reporter)
 

@@ -86,7 +86,8 @@ class Service:
     max_batch_ms: what one call of a model may take, so that those who come next wait no longer. max_wait_ms: a request
     that would have to wait longer is refused. workers: processes that hold models. tls_certificate, tls_key: PEM files.
     keep_decisions_days: after which what was decided of an event is forgotten. log: for people, or
-    a JSON object a line.
+    a JSON object a line. traces: URL of an OpenTelemetry collector that takes OTLP over HTTP; none by default.
+    trace_share: of requests whose callers are not traced themselves.
     """
 
     host: str = "127.0.0.1"
@@ -102,6 +103,8 @@ class Service:
     poll_registry_s: float = 1.0
     keep_decisions_days: float = 400.0
     log: Literal["text", "json"] = "text"
+    traces: str = ""
+    trace_share: float = 0.01
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -113,6 +116,10 @@ class Service:
                 raise ConfigError(f"service.{name} is {getattr(self, name)!r}; there is no such file")
         if self.log not in ("text", "json"):
             raise ConfigError(f"service.log is {self.log!r}; allowed are text and json")
+        if self.traces and not re.fullmatch(r"https?://\S+", self.traces):
+            raise ConfigError(f"service.traces is {self.traces!r}; expected a URL such as http://HOST:4318/v1/traces")
+        if not 0 <= self.trace_share <= 1:
+            raise ConfigError(f"service.trace_share is {self.trace_share}; allowed are 0 to 1")
         above_0 = (
             "workers",
             "max_body_bytes", "max_batch", "max_requests_per_s", "max_batch_ms", "max_wait_ms", "poll_registry_s",

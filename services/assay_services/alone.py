@@ -19,6 +19,7 @@ from assay_services.idempotency import Idempotency
 from assay_services.limits import Gatekeeper
 from assay_services.replies import Reply
 from assay_services.siblings import HandOver
+from assay_services.tracing import Tracing
 
 
 def create_app(deps: Dependencies) -> Gatekeeper:
@@ -32,6 +33,12 @@ def create_app(deps: Dependencies) -> Gatekeeper:
     metrics.watch_queues(lambda: {lane: queue.num_waiting for lane, queue in queues.items()})
     app = application(deps)
 
+    routes = routes_to(Queues(*(queues[lane] for lane in LANES)))
+    tracing = Tracing(
+        Idempotency(FastPath(HandOver(app, siblings=deps.siblings), routes)), endpoint=service.traces,
+        share=service.trace_share, service="assay",
+    )  # fmt: skip
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # A client of other processes belongs to one event loop.
@@ -40,11 +47,11 @@ def create_app(deps: Dependencies) -> Gatekeeper:
         for queue in queues.values():
             await asyncio.to_thread(queue.close)
         await asyncio.to_thread(deps.stop)
+        await asyncio.to_thread(tracing.close)
 
     app.router.lifespan_context = lifespan
-    routes = routes_to(Queues(*(queues[lane] for lane in LANES)))
     return Gatekeeper(
-        Idempotency(FastPath(HandOver(app, siblings=deps.siblings), routes)),
+        tracing,
         keys=KeyStore(deps.config.paths.api_keys),
         metrics=metrics,
         max_body_bytes=service.max_body_bytes,

@@ -19,6 +19,7 @@ out of the batch.
 import asyncio
 import itertools
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -27,6 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from assay_platform.errors import ConfigError
+
+from assay_services import stages
+from assay_services.tracing import Timing
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -117,6 +121,7 @@ class Waiting(Generic[Job]):
     gone: Callable[[], bool] = lambda: False
     answer: Any = None  # where the answer goes; the queue does not look at it
     attempts: int = 0
+    told: Any = None  # who is told of the call that answers it
 
 
 class Batch(NamedTuple, Generic[Job]):
@@ -299,8 +304,10 @@ class Batcher(Generic[Job, Result]):
         shape: Hashable = None,
         within_s: float = math.inf,
         gone: Callable[[], bool] = lambda: False,
+        told: Callable[[Timing], None] | None = None,
     ) -> Result:
-        """The answer to a request. within_s: after which nobody needs it. gone: whether nobody needs it already.
+        """The answer to a request. within_s: after which nobody needs it. gone: whether nobody needs it already. told:
+        of the call that answers it, in a thread of this queue.
 
         Raises:
             OverloadedError: it was not taken on.
@@ -313,7 +320,7 @@ class Batcher(Generic[Job, Result]):
                 raise OverloadedError("the service is about to stop", 1.0)
             now = self._clock()
             left = lambda: future.cancelled() or gone()  # noqa: E731
-            self._queue.add(shape, Waiting(job, rows, now, now + within_s, left, (loop, future)))
+            self._queue.add(shape, Waiting(job, rows, now, now + within_s, left, (loop, future), told=told))
             self._changed.notify()
         return await future
 
@@ -336,9 +343,14 @@ class Batcher(Generic[Job, Result]):
                 self._num_busy += 1
             late = DeadlinePassedError("the answer was not ready in the time that the request gave")
             _deliver((one, late) for one in batch.expired)
+            stages.begin()
             began = self._clock()
             answers = self._answers(batch) if batch.taken else []
             seconds = self._clock() - began
+            laps = stages.taken()
+            for one in batch.taken:
+                if one.told is not None:
+                    one.told(Timing(began - one.since, seconds, len(batch.taken), batch.rows, os.getpid(), laps))
             with self._changed:
                 self._queue.done(batch, seconds, self._clock(), worker)
                 self._num_busy -= 1

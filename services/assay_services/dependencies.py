@@ -143,7 +143,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
             repositories.forget_old(time.time() - service.keep_decisions_days * 86_400)
         if recommend_slot.current is not None:
             recommend_slot.current.model.catch_up()
-        if fraud_slot.current is not None and (watch := fraud_slot.current.model.watch) is not None and watch.look():
+        if fraud_slot.current is not None and fraud_slot.current.model.look():
             metrics.drifted(*fraud_slot.current.model.seen())
 
     follower = Follower(

@@ -16,6 +16,7 @@ from assay_platform.errors import DataError
 from assay_services.batching import BatchLimits, OverloadedError
 from assay_services.bodies import glance
 from assay_services.replies import Reply, refusal, send_reply
+from assay_services.tracing import Timing
 from assay_services.whole_body import read_body
 
 _TIMEOUT = b"x-timeout-ms"
@@ -34,9 +35,16 @@ class Queue(Protocol):
         """Whether a request that comes now may be taken on, before anybody looks at what it wants."""
 
     async def submit(
-        self, job: bytes, *, rows: int, shape: Hashable, within_s: float, gone: Callable[[], bool]
+        self,
+        job: bytes,
+        *,
+        rows: int,
+        shape: Hashable,
+        within_s: float,
+        gone: Callable[[], bool],
+        told: Callable[[Timing], None] | None,
     ) -> Reply:
-        """The answer to a body. gone: whether nobody waits for it any more.
+        """The answer to a body. gone: whether nobody waits for it any more. told: of the call that answers it.
 
         Raises:
             OverloadedError: it was not taken on.
@@ -110,8 +118,10 @@ class FastPath:
             if content is None:
                 return
             queue, rows, shape = route.wanted(content)
-            gone = scope.get("state", _NOBODY).get("gone", _stays)
-            reply = await queue.submit(content, rows=rows, shape=shape, within_s=within_s, gone=gone)
+            state = scope.get("state", _NOBODY)
+            gone, trace = state.get("gone", _stays), state.get("trace")
+            told = None if trace is None else trace.answered
+            reply = await queue.submit(content, rows=rows, shape=shape, within_s=within_s, gone=gone, told=told)
         except Exception as error:  # noqa: BLE001 - every error has an answer
             reply = refusal(error)
         await send_reply(send, reply)

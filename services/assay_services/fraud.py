@@ -28,6 +28,7 @@ from assay_platform.models.fraud import FraudModel
 from assay_platform.monitoring.alarms import Finding
 from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_reference import Reference
+from assay_platform.monitoring.skew import SKEW_FILE
 from assay_platform.robustness.constraints import Transactions
 from assay_platform.robustness.counterfactual import Choices, counterfactual
 from assay_platform.tracking.records import DecisionRecords
@@ -45,7 +46,8 @@ from assay_services.schemas import (
     RecentDecision,
     Record,
 )
-from assay_services.watch import CalibrationWatch, DriftWatch
+from assay_services.stages import Laps
+from assay_services.watch import CalibrationWatch, DriftWatch, SkewWatch
 
 _MANY_ROWS = 16
 # Decisions that are shown as the newest.
@@ -78,6 +80,7 @@ class FraudScorer:
         calibration: CalibrationWatch | None = None,
     ) -> None:
         """records: where decisions are kept; without it none are. watch, calibration: what looks for drift."""
+        self.skew = SkewWatch(repository.folder / SKEW_FILE)
         self.schema, self.plan = schema, plan
         self._model = model
         self.fences = model.fences
@@ -105,7 +108,8 @@ class FraudScorer:
         model = FraudModel.load(folder)
         # Artifacts of before have none.
         known = read_json(folder, "drift") if (folder / "drift.json").is_file() else {}
-        watch = DriftWatch(Reference.from_dict(known)) if known else None
+        entities = dict.fromkeys(e for part, _ in plan_parts(plan, schema) for e in part.entities if isinstance(e, str))
+        watch = DriftWatch(Reference.from_dict(known), entities=tuple(entities)) if known else None
         meant = read_json(folder, "calibration") if (folder / "calibration.json").is_file() else {}
         calibration = CalibrationWatch(Calibration.from_dict(meant)) if meant else None
         scorer = FraudScorer(
@@ -173,6 +177,7 @@ class FraudScorer:
         keep_as: ModelRef | None,
     ) -> list[FraudScore]:
         """apart: (N,) a number an event; events of different numbers know nothing of one another."""
+        lap = Laps()
         if self._accounts is not None:
             events = self._accounts.assign(events, apart)
         history: dict[str, Any] = {}
@@ -181,14 +186,17 @@ class FraudScorer:
             key_of |= {entity: list(entity_keys(entity, events)) for entity in part.entities if entity not in key_of}
             keys = {entity: key_of[entity] for entity in part.entities}
             history |= stream.read(keys, events.time_us).values
+        lap("read features")
         columns = model_columns(self.plan, events, history, self._tables)
         rows = self._model.encode(columns)
+        lap("encode")
         base, contribution_NG = None, None
         if explain:
             scores, explanation = self._model.explain(rows)
             base, contribution_NG = explanation.base, explanation.contribution_NG
         else:
             scores = self._model.score(rows)
+        lap("score and explain" if explain else "score")
         hits = [(rule, rule.holds(columns)) for rule in self._rules]
         reasons = None if contribution_NG is None else self._reasons.write(contribution_NG, columns)
         out = []
@@ -205,6 +213,7 @@ class FraudScorer:
                     reasons=[] if reasons is None else [*(rule_reason(rule) for rule in held), *reasons[i]],
                 )
             )
+        lap("decide and write reasons")
         if keep_as is not None:
             now_s = time.time()
             self._recent.extend((now_s, *pair) for pair in zip(records, out, strict=True))
@@ -212,6 +221,7 @@ class FraudScorer:
             self.watch.add(events, scores.probability)
         if keep_as is not None and self._records is not None:
             self._records.remember(self._kept(records, columns, out, keep_as))
+        lap("keep on record")
         return out
 
     def _kept(
@@ -259,9 +269,15 @@ class FraudScorer:
         return Counterfactual(changes=changes, score=found.score, text=would_have_been(changes))
 
     def seen(self) -> tuple[list[Finding], list[Finding]]:
-        """Findings and alarms of the newest windows of events and of labels."""
+        """Findings and alarms of the newest windows of events and of labels, and of what was served otherwise."""
         seen = [watch.seen for watch in (self.watch, self.calibration) if watch is not None]
-        return [f for one in seen for f in one.findings], [f for one in seen for f in one.alarms]
+        skew = self.skew.found
+        return [*skew, *(f for one in seen for f in one.findings)], [*skew, *(f for one in seen for f in one.alarms)]
+
+    def look(self) -> bool:
+        """Look at a window if there is one; whether something is to be told."""
+        has_looked = self.watch is not None and self.watch.look()
+        return self.skew.look() or has_looked
 
     @property
     def id_column(self) -> str:

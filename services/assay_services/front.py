@@ -25,6 +25,7 @@ from assay_services.limits import REQUEST_ID_HEADER, Gatekeeper
 from assay_services.problems import ProblemError
 from assay_services.replies import JSON, Reply, refusal, send_reply
 from assay_services.siblings import merged, metrics_in
+from assay_services.tracing import Tracing
 from assay_services.whole_body import read_body
 
 _FIRST_S = 90.0
@@ -49,8 +50,12 @@ class Front:
         self._lanes = Lanes(folder / name, queues)
         routes = routes_to(Queues(*(queues[lane] for lane in LANES)))
         self._queues = {route.path.encode(): route.queue for route in routes.values()}
+        self._tracing = Tracing(
+            Idempotency(FastPath(self._others, routes)), endpoint=service.traces, share=service.trace_share,
+            service="assay",
+        )  # fmt: skip
         self._app = Gatekeeper(
-            Idempotency(FastPath(self._others, routes)),
+            self._tracing,
             keys=KeyStore(config.paths.api_keys),
             metrics=self._metrics,
             max_body_bytes=service.max_body_bytes,
@@ -83,6 +88,7 @@ class Front:
         await receive()
         await self._lanes.stop()
         await self._client.close()
+        await asyncio.to_thread(self._tracing.close)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _others(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

@@ -26,8 +26,10 @@ from typing import Any
 
 import msgspec
 
+from assay_services import stages
 from assay_services.batching import Batch, BatchLimits, BatchQueue, DeadlinePassedError, OverloadedError, Waiting
 from assay_services.replies import Reply, refusal
+from assay_services.tracing import Timing
 
 _LENGTH = struct.Struct("!I")
 _MOST_ATTEMPTS = 2
@@ -55,10 +57,11 @@ class Call(msgspec.Struct, array_like=True):
 
 
 class Answered(msgspec.Struct, array_like=True):
-    """A reply to each, and how long the call took."""
+    """A reply to each, how long the call took, and what it spent that on."""
 
     seconds: float
     replies: list[Reply]
+    stages: list[tuple[str, float]] = []
 
 
 def _framed(message: msgspec.Struct) -> bytes:
@@ -115,14 +118,22 @@ class Pool:
         return self._queue.has_room(self._clock())
 
     async def submit(
-        self, job: bytes, *, rows: int, shape: Hashable, within_s: float, gone: Callable[[], bool] = lambda: False
+        self,
+        job: bytes,
+        *,
+        rows: int,
+        shape: Hashable,
+        within_s: float,
+        gone: Callable[[], bool] = lambda: False,
+        told: Callable[[Timing], None] | None = None,
     ) -> Reply:
         """See `Queue`."""
         now = self._clock()
         if not self._lanes and now - self._alone_since > _PATIENCE_S:
             raise _nobody()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._queue.add(shape, Waiting(job, rows, now, now + within_s, lambda: future.cancelled() or gone(), future))
+        left = lambda: future.cancelled() or gone()  # noqa: E731
+        self._queue.add(shape, Waiting(job, rows, now, now + within_s, left, future, told=told))
         self._feed()
         return await future
 
@@ -170,6 +181,10 @@ class Pool:
         # The next batch first: the process that scores must not wait until answers are written.
         self._feed()
         for one, reply in zip(batch.taken, answered.replies, strict=True):
+            if one.told is not None:
+                waited_s = max(0.0, self._clock() - answered.seconds - one.since)
+                one.told(Timing(waited_s, answered.seconds, len(batch.taken), batch.rows, lane.hello.pid,
+                                answered.stages))  # fmt: skip
             _settle(one, reply=reply)
         self._on_batch(len(batch.taken), batch.rows, answered.seconds)
 
@@ -309,8 +324,9 @@ class LaneWorker:
                         return
                     call = msgspec.msgpack.decode(content, type=Call)
                     began = time.perf_counter()
+                    stages.begin()
                     replies = self._replies(call)
-                    answered = Answered(time.perf_counter() - began, replies)
+                    answered = Answered(time.perf_counter() - began, replies, stages.taken())
                     connection.sendall(_framed(answered))
 
     def _replies(self, call: Call) -> list[Reply]:

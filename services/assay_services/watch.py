@@ -4,10 +4,14 @@ Requests leave their columns here, which costs the fast path an append; a window
 found in two windows running is an alarm.
 """
 
+import json
+import logging
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +20,7 @@ from assay_platform.monitoring.alarms import Alarms, Finding
 from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_findings import findings
 from assay_platform.monitoring.drift_reference import Reference
+from assay_platform.monitoring.skew import heavy_keys
 from numpy.typing import NDArray
 
 SCORE = "score"
@@ -23,6 +28,11 @@ SCORE = "score"
 _PAUSE = 200
 # Windows that wait to be looked at; where requests come faster, the oldest are forgotten.
 _MOST_WINDOWS = 2
+# Keys are spread over so many partitions, as a sharded store or a shuffle would; a column with few values is not.
+_PARTITIONS, _FEWEST_KEYS = 64, 256
+# One partition with so many times its share: with 64 of them, a key that has an eighth of all events.
+_HEAVY = 8.0
+_log = logging.getLogger("assay.service")
 
 
 class Seen(NamedTuple):
@@ -60,11 +70,38 @@ class CalibrationWatch:
         return True
 
 
+class SkewWatch:
+    """What `assay features skew` found last; read again when the file is another one. One thread looks."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._seen_at = file, 0.0
+        self.found: tuple[Finding, ...] = ()
+
+    def look(self) -> bool:
+        """Whether there was something new."""
+        try:
+            changed_at = self._file.stat().st_mtime
+            if changed_at == self._seen_at:
+                return False
+            self.found = tuple(Finding(**one) for one in json.loads(self._file.read_text())["findings"])
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError):
+            _log.exception("%s cannot be read; what was found before stays", self._file)
+            return False
+        self._seen_at = changed_at
+        return True
+
+
 class DriftWatch:
     """Windows of one model's requests. Thread-safe; one thread looks."""
 
-    def __init__(self, reference: Reference, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, reference: Reference, *, entities: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """entities: columns whose keys features are kept under; one key with much of the events is a finding."""
         self._reference, self._alarms, self._clock = reference, Alarms(), clock
+        self._entities = tuple(entities)
         self._not_before = 0.0
         self._lock = threading.Lock()
         self._parts: deque[tuple[Events, NDArray[np.float64]]] = deque()
@@ -95,6 +132,8 @@ class DriftWatch:
             self._num_rows = 0
         columns = {name: self._column(name, parts)[-self.window_rows :] for name in self._reference.columns}
         found = findings(self._reference, columns)
+        for name in self._entities:
+            found += _heavy(name, self._column(name, parts)[-self.window_rows :].tolist())
         self.seen = Seen(self.seen.windows + 1, tuple(found), tuple(self._alarms.after(found)))
         now = self._clock()
         self._not_before = now + _PAUSE * (now - began)
@@ -106,3 +145,11 @@ class DriftWatch:
         return np.concatenate(
             [events.keys[name] if name in events.keys else events.numbers[name] for events, _ in parts]
         )
+
+
+def _heavy(name: str, values: Sequence[str | None]) -> list[Finding]:
+    keys = [key for key in values if key is not None]
+    if len(set(keys)) < _FEWEST_KEYS:
+        return []
+    partition = np.array([zlib.crc32(key.encode()) % _PARTITIONS for key in keys], dtype=np.int64)
+    return heavy_keys(name, keys, partition, _PARTITIONS, max_load=_HEAVY)

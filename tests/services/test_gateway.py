@@ -20,6 +20,7 @@ from assay_services.gateway.choice import Choice, Region
 from assay_services.gateway.gateway import Gateway
 from assay_services.gateway.outbox import Outbox, Write
 from assay_services.limits import Gatekeeper
+from assay_services.tracing import Tracing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,7 +202,7 @@ class Running:
 
 
 @asynccontextmanager
-async def running(folder: Path, *, keys: KeyStore | None = None) -> AsyncIterator[Running]:
+async def running(folder: Path, *, keys: KeyStore | None = None, traces: str = "") -> AsyncIterator[Running]:
     places = [Place("near"), Place("far", delay_s=0.03)]
     for place in places:
         await place.start()
@@ -211,8 +212,9 @@ async def running(folder: Path, *, keys: KeyStore | None = None) -> AsyncIterato
     metrics = ServiceMetrics()
     outbox = Outbox(folder / "gateway", list(settings.regions))
     gateway = Gateway(settings, outbox, metrics, AuditLog(folder / "audit.jsonl"), key="regions-key")
+    tracing = Tracing(gateway, endpoint=traces, share=0.0, service="assay-gateway")
     app = Gatekeeper(
-        gateway, keys=keys or KeyStore(folder / "keys.json"), metrics=metrics, max_body_bytes=1000,
+        tracing, keys=keys or KeyStore(folder / "keys.json"), metrics=metrics, max_body_bytes=1000,
         max_requests_per_s=1e6,
     )  # fmt: skip
     messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -228,6 +230,7 @@ async def running(folder: Path, *, keys: KeyStore | None = None) -> AsyncIterato
     finally:
         await messages.put({"type": "lifespan.shutdown"})
         await life
+        await asyncio.to_thread(tracing.close)
         for place in places:
             place.hangs = False
             await place.stop()
@@ -455,3 +458,21 @@ def test_keys_are_asked_for_at_the_gateway(tmp_path: Path) -> None:
 def test_a_region_that_is_none_is_said(regions: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"gateway\.regions"):
         Settings(regions=regions)
+
+
+def test_a_trace_goes_on_in_the_region_that_answers_and_shows_the_one_that_did_not(
+    tmp_path: Path, otlp_collector: tuple[str, list[Any]]
+) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+    async def work(traces: str) -> str:
+        async with running(tmp_path, traces=traces) as one:
+            await one.near.stop()
+            assert await one.at(headers={"traceparent": parent}) == "far"
+            return one.far.asked[0]["traceparent"]
+
+    endpoint, spans = otlp_collector
+    given = asyncio.run(work(endpoint))
+    (server,) = [span for span in spans if span.name == "POST /v1/fraud/score"]
+    assert given == f"{parent[:36]}{server.span_id.hex()}-01"
+    assert {span.name for span in spans} - {server.name} == {"region near did not answer", "ask region far"}

@@ -1,12 +1,16 @@
 """Windows of what was scored, held against the reference."""
 
+import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from assay_features.events import Events
 from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
-from assay_services.watch import CalibrationWatch, DriftWatch
+from assay_platform.storage import write_json
+from assay_services.watch import CalibrationWatch, DriftWatch, SkewWatch
 
 WINDOW = 200
 
@@ -44,6 +48,43 @@ def test_what_two_windows_running_have_is_an_alarm() -> None:
         assert seen.look()
         assert bool(seen.seen.findings) == (factor != 1.0)
         assert [one.column for one in seen.seen.alarms] == (["amount"] if number == 1 else [])
+
+
+def test_a_key_that_has_an_eighth_of_all_events_is_named_and_columns_with_few_values_are_not() -> None:
+    rng = np.random.default_rng(5)
+    window = 2000
+
+    def events(share: float) -> tuple[Events, np.ndarray]:
+        card, kind = np.empty(window, dtype=object), np.empty(window, dtype=object)
+        card[:] = ["busy" if rng.random() < share else f"c{i}" for i in rng.integers(0, 5000, window)]
+        kind[:] = [f"k{i}" for i in rng.integers(0, 3, window)]
+        return Events(np.arange(window), {"card": card, "kind": kind}, {"amount": rng.normal(50, 5, window)}), rng.beta(
+            1, 20, window
+        )
+
+    amounts = {"amount": rng.normal(50, 5, 30 * window)}
+    reference = Reference.of(amounts, ReferenceConfig(window_rows=window))
+    seen = DriftWatch(reference, entities=("card", "kind"), clock=lambda: 0.0)
+    for share, named in ((0.02, []), (0.2, ["busy"]), (0.2, ["busy"])):
+        seen.add(*events(share))
+        assert seen.look()
+        assert [one.value for one in seen.seen.findings if one.kind == "partition"] == named
+    assert [(one.column, one.value) for one in seen.seen.alarms] == [("card", "busy")]
+
+
+def test_what_a_comparison_with_batch_left_is_shown_until_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "skew.json"
+    watching = SkewWatch(file)
+    assert not watching.look()
+    finding = {"column": "n", "kind": "cells", "statistic": 1.0, "log_p": -math.inf, "moved": 0.1, "text": "n: …"}
+    write_json(file, {"findings": [finding]})
+    assert watching.look()
+    assert [one.column for one in watching.found] == ["n"]
+    assert not watching.look()
+    file.write_text("{")
+    os.utime(file, (1, 1))
+    assert not watching.look()
+    assert watching.found, "what was found before stays"
 
 
 def test_looking_takes_a_small_part_of_the_time() -> None:

@@ -17,6 +17,8 @@ from assay_platform.monitoring.alarms import Finding
 from assay_platform.monitoring.drift_cells import Column, is_numeric, read_columns
 from assay_platform.monitoring.g_test import Ints
 
+# Where the findings of a comparison are left, beside the features of a model.
+SKEW_FILE = "skew.json"
 _NAMED_KEYS = 5
 _LOG_CHANCE = -14.0  # about 1e-6; keeps small windows quiet
 

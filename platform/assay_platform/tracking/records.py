@@ -8,7 +8,7 @@ reported of it stays. An event without an id leaves no record.
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,15 @@ class DecisionRecords:
                 self._timer = threading.Timer(self._flush_s, self.flush)
                 self._timer.daemon = True
                 self._timer.start()
+
+    def items(self) -> Iterator[tuple[str, Record]]:
+        """All that is on disk, by event id; what another process writes meanwhile may be among it."""
+        last = b""
+        while names := self._disk.keys_after(last, _PAGE):
+            for name, record in zip(names, self._disk.get_many(names), strict=True):
+                if record is not None:
+                    yield name.decode(), json.loads(record)
+            last = names[-1]
 
     def erase(self, matches: Callable[[Record], bool]) -> int:
         """Forget all that is kept of events of which this holds; how many there were. Reads every record."""

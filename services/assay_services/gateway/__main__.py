@@ -17,6 +17,7 @@ from assay_services.gateway.outbox import Outbox
 from assay_services.limits import Gatekeeper
 from assay_services.listening import bind, refuse_to_be_open
 from assay_services.logs import log_to_stderr
+from assay_services.tracing import Tracing
 
 
 def main() -> int:
@@ -59,8 +60,9 @@ def run(config: Config) -> None:
         settings, Outbox(config.paths.gateway, list(settings.regions)), metrics, AuditLog(config.paths.audit_log),
         key=os.environ.get("ASSAY_GATEWAY_KEY", ""),
     )  # fmt: skip
+    tracing = Tracing(gateway, endpoint=service.traces, share=service.trace_share, service="assay-gateway")
     app = Gatekeeper(
-        gateway, keys=keys, metrics=metrics, max_body_bytes=service.max_body_bytes,
+        tracing, keys=keys, metrics=metrics, max_body_bytes=service.max_body_bytes,
         max_requests_per_s=service.max_requests_per_s,
     )  # fmt: skip
     scheme = "https" if service.tls_certificate else "http"
@@ -73,7 +75,10 @@ def run(config: Config) -> None:
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=10, server_header=False,
         proxy_headers=False, ssl_certfile=service.tls_certificate or None, ssl_keyfile=service.tls_key or None,
     ))  # fmt: skip
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    finally:
+        tracing.close()
 
 
 if __name__ == "__main__":

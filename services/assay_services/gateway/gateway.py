@@ -30,6 +30,7 @@ from assay_services.gateway.outbox import Outbox, Write
 from assay_services.gateway.remote import GoneError, Remote
 from assay_services.problems import ProblemError
 from assay_services.replies import JSON, Reply, refusal, send_reply
+from assay_services.tracing import Trace
 from assay_services.whole_body import read_body
 
 # What changes a region's own state, so that others have to be told. An answer to one is the same if it is sent again.
@@ -39,6 +40,7 @@ _PURE = ("/v1/fraud/score", "/v1/recommend")
 _SOUGHT = "/v1/fraud/decisions/"
 _OWN, _ADMIN = "/v1/gateway", "/v1/admin/gateway/"
 _SESSION, _KEY, _TIMEOUT, _REQUEST_ID = b"x-assay-session", b"idempotency-key", b"x-timeout-ms", b"x-request-id"
+_TRACE = (b"traceparent", b"tracestate")
 _MAX_SESSIONS = 100_000
 # Writes that a region is told of at once; more than that waits until it has answered.
 _AT_ONCE = 64
@@ -114,12 +116,7 @@ class Gateway:
         path, method = scope["path"], scope["method"]
         writes = method == "POST" and path in WRITES
         repeatable = writes or method in ("GET", "HEAD") or path in _PURE
-        headers = [(name.lower(), value) for name, value in scope["headers"]]
-        if writes and not any(name == _KEY for name, _ in headers):
-            # By which a region knows it again, when it comes a second time through another region.
-            headers.append((_KEY, uuid.uuid4().hex.encode()))
-        headers = [pair for pair in headers if pair[0] != _REQUEST_ID]
-        headers.append((_REQUEST_ID, scope["state"]["request_id"].encode()))
+        headers, trace = _headers_of(scope, named=writes), scope["state"].get("trace")
         session = _session_of(scope, headers)
         until = _deadline(headers)
         raw = scope.get("raw_path", path.encode()).decode("latin-1").partition("?")[0]
@@ -129,21 +126,22 @@ class Gateway:
         bound = self._bound(session)
         for region in self._choice.order(bound):
             within_s = until - time.monotonic()
-            if within_s <= 0:
-                raise _too_late()
-            if within_s < math.inf:
-                left_ms = b"%d" % max(1, 1e3 * within_s)
-                headers = [(name, left_ms if name == _TIMEOUT else value) for name, value in headers]
+            headers = _with_time_left(headers, within_s)
+            began_ns = time.time_ns()
             try:
                 reply = await self._asked(region, method, target, headers, body, min(within_s, _ANSWER_S))
             except GoneError as error:
                 if time.monotonic() >= until:
                     raise _too_late() from error
                 self._metrics.failovers.labels(region.name).inc()
+                if trace is not None:
+                    trace.part(f"region {region.name} did not answer", began_ns)
                 if error.was_asked and not repeatable:
                     detail = f"region {region.name} went while it was answering; look before you send the same again"
                     raise ProblemError(503, detail, headers={"Retry-After": "1"}) from error
                 continue
+            if trace is not None:
+                trace.part(f"ask region {region.name}", began_ns, **{"http.response.status_code": reply.status})
             if reply.status == 503 or (reply.status == 404 and path.startswith(_SOUGHT)):
                 refused = refused or reply
                 continue
@@ -325,6 +323,28 @@ class Gateway:
             _log.warning("region %s answers %d to what %s has taken; it is told again: %s", name, reply.status,
                          write.origin, reply.body[:300].decode())  # fmt: skip
         return False
+
+
+def _headers_of(scope: dict[str, Any], *, named: bool) -> list[tuple[bytes, bytes]]:
+    """What a region is told of a request. named: with a key, by which a region knows it again when it comes a second
+    time through another region.
+    """
+    trace: Trace | None = scope["state"].get("trace")
+    replaced = (_REQUEST_ID, *(_TRACE if trace is not None else ()))
+    headers = [(name.lower(), value) for name, value in scope["headers"] if name.lower() not in replaced]
+    if named and not any(name == _KEY for name, _ in headers):
+        headers.append((_KEY, uuid.uuid4().hex.encode()))
+    headers.append((_REQUEST_ID, scope["state"]["request_id"].encode()))
+    return headers + ([] if trace is None else trace.headers())
+
+
+def _with_time_left(headers: list[tuple[bytes, bytes]], within_s: float) -> list[tuple[bytes, bytes]]:
+    if within_s <= 0:
+        raise _too_late()
+    if within_s == math.inf:
+        return headers
+    left_ms = b"%d" % max(1, 1e3 * within_s)
+    return [(name, left_ms if name == _TIMEOUT else value) for name, value in headers]
 
 
 def _session_of(scope: dict[str, Any], headers: list[tuple[bytes, bytes]]) -> bytes:
