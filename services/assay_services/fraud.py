@@ -162,10 +162,13 @@ class FraudScorer:
         """What stands for an event when a canary is chosen: its id, or all of it."""
         return self._id_of(record) or repr(sorted(record.items(), key=lambda pair: pair[0]))
 
-    def rehearse(self, request: list[Record]) -> Answer:
-        """See `Rehearsed`. request: events, as `score` takes them."""
-        scores = self.score(request, explain=False)
-        return Answer(frozenset((i, s.decision) for i, s in enumerate(scores)), tuple(s.score for s in scores))
+    def rehearse(self, requests: Sequence[list[Record]]) -> list[Answer | DataError]:
+        """See `Rehearsed`. requests: events, as `score` takes them."""
+        return [
+            said if isinstance(said, DataError)
+            else Answer(frozenset((i, s.decision) for i, s in enumerate(said)), tuple(s.score for s in said))
+            for said in self.score_together(requests, explain=False)
+        ]  # fmt: skip
 
     def _scored(
         self,

@@ -3,6 +3,7 @@
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -206,11 +207,17 @@ class ItemRecommender:
         ranked = model.recommend(history, k=k, exclude=excluded, allowed=allowed, store=store, rules=self.schema.rules)
         return _items(model, ranked, taken), False
 
-    def rehearse(self, request: RecommendBody) -> Answer:
+    def rehearse(self, requests: Sequence[RecommendBody]) -> list[Answer | DataError]:
         """See `Rehearsed`."""
-        items, _ = self.recommend(
-            request.user_id, k=request.k, exclude_seen=request.exclude_seen, context=request.context
-        )
+        return [self._rehearsed(request) for request in requests]
+
+    def _rehearsed(self, request: RecommendBody) -> Answer | DataError:
+        try:
+            items, _ = self.recommend(
+                request.user_id, k=request.k, exclude_seen=request.exclude_seen, context=request.context
+            )
+        except DataError as error:
+            return error
         return Answer(frozenset(item.item_id for item in items))
 
     def keep_list(self, shown_by: ModelRef, user_id: str | int, items: list[RecommendedItem]) -> str | None:
