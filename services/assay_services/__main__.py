@@ -69,6 +69,10 @@ def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:
         os.environ.setdefault(name, "1")
     # Threads that are done sleep instead of keeping a core busy, which the next request needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A registry that is away is asked again at every look. MLflow's own patience, minutes of it, would hold up the end
+    # of a process and hide for long that the registry is back.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     # libuv sleeps after each connection that it accepts, so that others get some; only the front accepts here.
     os.environ.setdefault("UV_TCP_SINGLE_ACCEPT", "0")
     from assay_services.supervisor import serve

@@ -1,6 +1,7 @@
 """The parts of a process that holds models, wired: slots, their follower, feature repositories, records."""
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from assay_services.siblings import Siblings
 _FIRST_LOOK_S = 60.0
 # Old records are looked for at every so many looks at the registry: reading them takes milliseconds.
 _SWEEP_LOOKS = 10
+_CLOCK_OFF_S = 3600.0
+_log = logging.getLogger("assay.service")
 # What one process writes the others read within this.
 _STREAM = StreamSettings(checkpoint_s=0.25)
 
@@ -58,10 +61,29 @@ class Dependencies:
         self.follower.first_look.wait(_FIRST_LOOK_S)
 
     def stop(self) -> None:
-        """Write what is in memory. Nobody may ask any more."""
+        """Write what is in memory. Nobody may ask any more. A registry that hangs holds this up for seconds."""
         self.follower.stop()
         self.close_stores()
         self.siblings.stop()
+
+
+class WallClock:
+    """Whether the time of day has gone on as it should since this process began."""
+
+    def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic) -> None:
+        self._wall, self._steady = wall, steady
+        self._offset_s = wall() - steady()
+        self._was_steady = True
+
+    def is_steady(self) -> bool:
+        """False while it is more than an hour off: what is old by such a clock may not be."""
+        off_s = self._wall() - self._steady() - self._offset_s
+        is_steady = abs(off_s) <= _CLOCK_OFF_S
+        if is_steady != self._was_steady:
+            self._was_steady = is_steady
+            _log.error("the clock is %g s off what it was when this process began; no old decisions are forgotten "
+                       "until it is back, or the process starts again", off_s)  # fmt: skip
+        return is_steady
 
 
 @dataclass
@@ -135,11 +157,11 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
     slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
     metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
 
-    sweeps = itertools.count()
+    sweeps, clock = itertools.count(), WallClock()
 
     def each_time() -> None:
         repositories.take_over()
-        if next(sweeps) % _SWEEP_LOOKS == 0:
+        if next(sweeps) % _SWEEP_LOOKS == 0 and clock.is_steady():
             repositories.forget_old(time.time() - service.keep_decisions_days * 86_400)
         if recommend_slot.current is not None:
             recommend_slot.current.model.catch_up()

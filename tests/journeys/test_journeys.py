@@ -147,12 +147,14 @@ def test_the_model_loads_with_mlflow_and_pickles_refused(home: Config, fraud_rep
 
 
 @contextmanager
-def serving(home: Path, *options: str, models: int = 2) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
-    """`assay serve` until the block ends, with so many models loaded."""
+def serving(
+    home: Path, *options: str, models: int = 2, **more: str
+) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
+    """`assay serve` until the block ends, with so many models loaded. more: of its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "ASSAY_HOME": str(home)}
+    environment = {**os.environ, "ASSAY_HOME": str(home), **more}
     command = [sys.executable, "-m", "assay_services", "--port", str(port), *options]
     process = subprocess.Popen(command, env=environment)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
@@ -839,6 +841,52 @@ def test_slow_and_half_open_callers_hold_up_nobody(service: httpx.Client, files:
     assert slow.recv(100).startswith(b"HTTP/1.1 200")
     for one in (*idle, *stuck, slow):
         one.close()
+
+
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not there")
+def test_a_clock_that_jumps_changes_no_score_and_forgets_nothing(
+    home: Config, files: dict[str, tuple[Path, Path]], fraud_report: RunReport, tmp_path: Path
+) -> None:
+    shutil.copytree(home.paths.home, tmp_path / "home")
+    (tmp_path / "assay.toml").write_text("[service]\npoll_registry_s = 0.05\n")
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    with serving(
+        tmp_path / "home", models=1, ASSAY_CONFIG=str(tmp_path / "assay.toml"), LD_PRELOAD=str(FAKETIME),
+        FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1",
+    ) as (client, _):  # fmt: skip
+
+        def score(name: str, **changes: Any) -> float:
+            answer = client.post("/v1/fraud/score", json={"events": [payment(files, transaction_id=name, **changes)]})
+            assert answer.status_code == 200, answer.text
+            return float(answer.json()["scores"][0]["score"])
+
+        before = score("before")
+        real_now = time.time()
+        event = payment(files, transaction_id="now", datetime=real_now, card_id="now")
+        now = {"events": [event], "application": "fraud"}
+        for i, jump in enumerate(("+2d", "-2d", "+3y", "+0")):
+            clock.write_text(jump)
+            assert score(f"after {jump}") == pytest.approx(before, abs=1e-9)
+            known = client.get(f"/v1/fraud/decisions/after {jump}").json()["decision"]["decided_at"]
+            moved_d = (known - real_now) / 86_400
+            assert moved_d == pytest.approx({"+2d": 2, "-2d": -2, "+3y": 3 * 365, "+0": 0}[jump], abs=0.1), "it jumped"
+            event = payment(files, transaction_id=f"event {i}", card_id=f"clock {i}")
+            answer = client.post("/v1/events", json={"events": [event], "application": "fraud"})
+            assert answer.json()["accepted"] == {"fraud": 1}
+            if jump == "-2d":
+                # An event of now is ahead of a clock that is two days late; it is refused, and nothing of it is kept.
+                assert client.post("/v1/events", json=now).status_code == 422
+            time.sleep(1.5)  # in which old decisions are looked for twice
+            assert client.get("/v1/fraud/decisions/before").status_code == 200, "it is not old"
+        for i in range(4):
+            event = payment(files, transaction_id=f"event {i}", card_id=f"clock {i}")
+            answer = client.post("/v1/events", json={"events": [event], "application": "fraud"})
+            assert answer.json()["duplicates"] == {"fraud": [0]}
+        assert client.post("/v1/events", json=now).json()["accepted"] == {"fraud": 1}
 
 
 def same_again(config: Config, name: str) -> int:

@@ -299,3 +299,13 @@ def test_a_shared_hot_tier_that_goes_away_costs_no_answer(tmp_path: Path) -> Non
         store.put_many({b"a": b"2"})
     assert store.get_many([b"a"]) == [b"1"]
     store.close()
+
+
+def test_a_clock_that_goes_back_years_loses_no_read(tmp_path: Path) -> None:
+    now = [1e9]
+    store = TieredStore(DiskTier(tmp_path / "warm"), hot_bytes=4096, clock=lambda: now[0])
+    store.put_many({b"key": b"value"})
+    for moment in (1e9, 1e3, 2e9, 0.0):
+        now[0] = moment
+        assert store.get_many([b"key"]) == [b"value"]
+    store.close()

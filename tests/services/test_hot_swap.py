@@ -13,7 +13,7 @@ from assay_platform.errors import ConfigError, DataError, RegistryError
 from assay_platform.monitoring.drift import band_distance
 from assay_platform.monitoring.metrics import ServiceMetrics
 from assay_platform.tracking import CHALLENGER, CHAMPION, AuditLog
-from assay_services.hot_swap import Loaded, Slot
+from assay_services.hot_swap import Follower, Loaded, Slot
 from assay_services.problems import ProblemError
 from assay_services.rehearsal import Answer, rehearse
 
@@ -292,3 +292,21 @@ def test_bands_tell_how_much_of_the_scores_has_moved() -> None:
 def test_shares_of_a_rollout_lie_between_0_and_1() -> None:
     with pytest.raises(ConfigError, match=r"canary_share is 1\.5"):
         Rollout(canary_share=1.5)
+
+
+def test_a_registry_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assay_services.hot_swap._STOP_S", 0.2)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def opened() -> Any:
+        asked.set()
+        go_on.wait(30)
+        raise RegistryError("away")
+
+    follower = Follower(opened, [], poll_s=0.01)
+    follower.start()
+    assert asked.wait(10)
+    began = time.monotonic()
+    follower.stop()
+    assert time.monotonic() - began < 5
+    go_on.set()

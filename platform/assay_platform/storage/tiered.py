@@ -70,8 +70,7 @@ class _Worth:
             self._of[key] = moment
         else:
             # log2(2^a + 2^b); far apart, the larger one.
-            apart = moment - old
-            self._of[key] = moment + math.log2(1.0 + 2.0**-apart) if apart < 40.0 else moment
+            self._of[key] = max(moment, old) + math.log2(1.0 + 2.0 ** -abs(moment - old))
 
     def of(self, key: bytes) -> float:
         return self._of.get(key, -math.inf)
@@ -114,7 +113,7 @@ class TieredStore:
         hot_bytes: int = 256 * 1024 * 1024,
         warm_bytes: int | None = None,
         half_life_s: float = 3600.0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """hot: a MemoryTier by default. warm_bytes: without a cold tier or a limit, warm grows with the data."""
         self._hot = hot if hot is not None else MemoryTier()
