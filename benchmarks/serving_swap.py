@@ -31,7 +31,7 @@ from _load import Told, open_loop, request_bytes
 from _report import finish, row
 from serving_load import ASKED, PATHS, body_of, command_of, free_port, payments, running
 
-NUM_VERSIONS, SETTLE_S, WAIT_S, PEER_SWAP_S = 3, 2.0, 60.0, 6.0
+NUM_VERSIONS, SETTLE_S, POLL_S, WAIT_S, PEER_SWAP_S = 3, 2.0, 0.1, 60.0, 6.0
 Interval = tuple[float, float]
 
 
@@ -99,7 +99,10 @@ def p99(values: list[float]) -> float:
 
 
 def operator(model: str, numbers: list[int], port: int, swaps: int, told: Any) -> None:
-    """Promotes, and waits each time until the version answers. Tells the times of each swap."""
+    """Promotes, and waits each time until the version answers. Tells the times of each swap.
+
+    It asks which version answers all the time, so that being asked costs the same during a swap and outside.
+    """
     from assay_pipelines.tracking import open_registry
     from assay_platform.config import load_config
 
@@ -107,7 +110,10 @@ def operator(model: str, numbers: list[int], port: int, swaps: int, told: Any) -
     registry.version_of(model)
     told.send(None)
     for i in range(swaps):
-        time.sleep(SETTLE_S)
+        settled = time.monotonic() + SETTLE_S
+        while time.monotonic() < settled:
+            answering(port)
+            time.sleep(POLL_S)
         version = numbers[(i + 1) % NUM_VERSIONS]
         began = time.perf_counter()
         registry.promote(model, version, reason="benchmark")
@@ -115,7 +121,7 @@ def operator(model: str, numbers: list[int], port: int, swaps: int, told: Any) -
         while answering(port) != version:
             if time.monotonic() > until:
                 raise SystemExit(f"version {version} never answered")
-            time.sleep(0.1)
+            time.sleep(POLL_S)
         told.send((began, time.perf_counter()))
     time.sleep(SETTLE_S)
 

@@ -16,12 +16,10 @@ import hashlib
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +41,6 @@ _RETRY_AFTER_S = 5
 # After which a version that could not be loaded, or did not do well in rehearsal, is tried again.
 _BACK_OFF_S, _REFUSED_S = 30.0, 300.0
 _REHEARSED, _SCORES_KEPT = 64, 2000
-_SWITCH_S = 0.0005
 # Well within what a process that scores is given to end in.
 _STOP_S = 5.0
 # A version is judged by so many requests at least.
@@ -224,8 +221,7 @@ class Slot(Generic[Model]):
         if failed is not None and failed[0] == version and self._clock() < failed[1]:
             return None
         try:
-            with _giving_way():
-                model = self._load(name, registry.download(name, version))
+            model = self._load(name, registry.download(name, version))
         except Exception:  # noqa: BLE001 - a broken version of whatever kind must never stop the one that answers
             self._failed[alias] = (version, self._clock() + _BACK_OFF_S)
             self._metrics.swaps.labels(self.application, "failed").inc()
@@ -341,19 +337,6 @@ class Follower:
             self.first_look.set()
             self._wake.wait(self._poll_s)
             self._wake.clear()
-
-
-@contextmanager
-def _giving_way() -> Iterator[None]:
-    """This thread is asked for the interpreter ten times as often: a call of a model gives it up dozens of times, and
-    each time waits so long to have it back.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def _share_of(key: str) -> float:

@@ -157,18 +157,20 @@ def serving(
     environment = {**os.environ, "ASSAY_HOME": str(home), **more}
     command = [sys.executable, "-m", "assay_services", "--port", str(port), *options]
     process = subprocess.Popen(command, env=environment)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        try:
-            if len(client.get("/v1/models").json()["models"]) == models:
-                break
-        except httpx.HTTPError:
-            time.sleep(0.3)
-    yield client, process
-    client.close()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            deadline = time.monotonic() + 90
+            while time.monotonic() < deadline:
+                try:
+                    if len(client.get("/v1/models").json()["models"]) == models:
+                        break
+                except httpx.HTTPError:
+                    time.sleep(0.3)
+            yield client, process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        ended = process.wait(timeout=30)
+    assert ended in (0, -signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
