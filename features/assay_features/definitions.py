@@ -72,7 +72,7 @@ class Where:
         if bool(self.values) == bounded:
             raise SchemaError(f"where on {self.column!r} needs either values, or at_least and below")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `channel_web` or `calendar_hour_22_to_6`."""
         if self.values:
@@ -141,7 +141,7 @@ class Window:
         if self.against_s is not None and self.against_s <= self.length_s:
             raise SchemaError(f"against_s {self.against_s} must be longer than length_s {self.length_s}")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `card__amount__mean__7d`."""
         name = (
@@ -166,7 +166,7 @@ class Decay:
         if self.half_life_s < 1:
             raise SchemaError(f"half_life_s is {self.half_life_s}; it must be at least 1 second")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `card__events__decay__1d`."""
         name = f"{entity_name(self.entity)}__{self.column or 'events'}__decay__{duration_name(self.half_life_s)}"
@@ -184,7 +184,7 @@ class Latest:
     def __post_init__(self) -> None:
         _check_entity(self.entity)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `card__amount__latest`."""
         return f"{entity_name(self.entity)}__{self.column}__latest" + _suffix(self.where)
@@ -200,7 +200,7 @@ class SinceLatest:
     def __post_init__(self) -> None:
         _check_entity(self.entity)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `card__since_latest_s`."""
         return f"{entity_name(self.entity)}__since_latest_s" + _suffix(self.where)
@@ -219,7 +219,7 @@ class Sequence:
         if self.length < 1:
             raise SchemaError(f"length is {self.length}; it must be at least 1")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `user__item__sequence__100`."""
         return f"{entity_name(self.entity)}__{entity_name(self.column)}__sequence__{self.length}"
@@ -250,7 +250,7 @@ class Cross:
             if list(cuts) != sorted(set(cuts)):
                 raise SchemaError(f"edges {cuts} must ascend")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `provider_x_country`."""
         return "_x_".join(self.columns)
@@ -273,7 +273,7 @@ class Ratio:
         if not self.numerator or not self.denominator or self.numerator == self.denominator:
             raise SchemaError(f"a ratio needs two different names, not {self.numerator!r} and {self.denominator!r}")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `amount__over__card__amount__mean__7d`."""
         name = f"{self.numerator}__over__{self.denominator}"
@@ -299,7 +299,7 @@ class Calendar:
             except (KeyError, ValueError, OSError) as error:
                 raise SchemaError(f"timezone {self.timezone!r} is not known; write it as Europe/Oslo") from error
 
-    @property
+    @cached_property
     def name(self) -> str:
         """`calendar_hour`, or `calendar_hour_Europe_Oslo`."""
         zone = "" if self.timezone == "UTC" else "_" + re.sub(r"\W", "_", self.timezone)
@@ -324,7 +324,7 @@ class Embedding:
                 "that EmbeddingTable.digest gives"
             )
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Such as `store__embedding`."""
         return f"{self.column}__embedding"
@@ -358,7 +358,7 @@ class FeaturePlan:
             if sum(isinstance(d, Sequence) and d.entity == entity for d in self.definitions) > 1:
                 raise SchemaError(f"entity {entity_name(entity)!r} has two sequences; one is kept")
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Twelve hexadecimal digits that change with any definition."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
@@ -407,7 +407,7 @@ class FeaturePlan:
         vectors = tuple(name for embedding in self.embeddings for name in embedding.names)
         return (*(c.name for c in self.calendar), *(r.name for r in self.ratios), *vectors)
 
-    @property
+    @cached_property
     def helper_names(self) -> tuple[str, ...]:
         """What a share is made of, over and under the line of a ratio with `less`, and how many different values
         are among what is over it: no inputs by themselves, but what reasons are told with.
@@ -422,8 +422,8 @@ class FeaturePlan:
 
     def split(self, column: str) -> tuple["FeaturePlan", "FeaturePlan"]:
         """(features of entities over this numeric column, all other definitions)."""
-        over = tuple(d for d in self.definitions if column in FeaturePlan((d,)).number_columns())
-        return FeaturePlan(over), FeaturePlan(tuple(d for d in self.definitions if d not in over))
+        over = {d: column in FeaturePlan((d,)).number_columns() for d in self.definitions}
+        return FeaturePlan(tuple(d for d in over if over[d])), FeaturePlan(tuple(d for d in over if not over[d]))
 
     def key_columns(self) -> tuple[str, ...]:
         """Key columns that entities, sequences, distinct counts and filters need of every event."""

@@ -224,7 +224,8 @@ _WEIGHT = _weights(128)
 
 
 def _differ(numbers: NDArray[np.int32]) -> bool:
-    return len(np.unique(numbers)) == len(numbers)
+    """Of numbers from 0. `np.unique` holds the interpreter for ten times as long, while others want to score."""
+    return not len(numbers) or int(np.bincount(numbers).max()) == 1
 
 
 def _rounded_down(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
