@@ -238,6 +238,25 @@ class EventStream:
                 self._checkpoint_soon()
             return PushReport(len(fresh), duplicates, late)
 
+    def forget(self, column: str, value: str) -> bool:
+        """Let an entity be as if it had never been seen; events that come from now on count. False: features are kept
+        under no such column. Of entities of several columns nothing is forgotten, since their keys cannot be listed.
+
+        Raises:
+            StorageError: the log cannot be opened, or another process writes this stream; nothing was forgotten.
+        """
+        with self._lock:
+            log = self._opened_log()
+            self._refresh()
+            held = self._entities.get(column)
+            if held is None:
+                return False
+            states, _ = held.unpack([None])
+            # It has seen all of the log, so that nothing of it comes back when the log is read again.
+            positions(states)[:] = log.next_position - 1
+            self._store.put_many(dict(zip(held.record_keys([value]), held.pack(states, [RecentValues()]), strict=True)))
+            return True
+
     def load(
         self, states: Mapping[Entity, EntityStates], *, until_us: int, ids: Mapping[str, int] | None = None
     ) -> None:

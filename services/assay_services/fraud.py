@@ -314,14 +314,18 @@ class FraudScorer:
         ]  # fmt: skip
 
     def erase(self, column: str, value: str) -> int:
-        """Forget events of which a column has this value, and what was decided of them; how many there were.
+        """Forget events of which a column has this value, what was decided of them, and the features that are kept
+        under it; how many events there were.
 
         Raises:
             DataError: events have no such column.
+            StorageError: another process writes the features; nothing was forgotten.
         """
         if column not in (self.id_column, *self.schema.keys):
             allowed = ", ".join((self.id_column, *self.schema.keys))
             raise DataError(f"column: {column!r} names nobody; allowed are {allowed}")
+        for _, stream in self._streams:
+            stream.forget(column, value)
         self._recent = deque((one for one in self._recent if not _has(one[1], column, value)), maxlen=_RECENT)
         return 0 if self._records is None else self._records.erase(lambda r: _has(r.get("event") or {}, column, value))
 

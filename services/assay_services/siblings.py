@@ -31,7 +31,7 @@ from assay_services.problems import ProblemError
 from assay_services.replies import Reply, refusal, send_reply
 from assay_services.whole_body import given_again, read_body
 
-_WRITES = ("/v1/events", "/v1/labels")
+_WRITES = ("/v1/events", "/v1/labels", "/v1/admin/erase")
 _TRY_LOCK_S, _PATIENCE_S, _PAUSE_S = 0.2, 5.0, 0.05
 _OWN = "/metrics?own"
 _log = logging.getLogger("assay.service")

@@ -277,3 +277,31 @@ def test_a_sequence_may_keep_several_columns_side_by_side(tmp_path: Path) -> Non
     assert dict(zip(batch.keys, batch.sequences, strict=True)) == dict(zip("ab", found, strict=True))
     assert FeaturePlan.from_dict(plan.to_dict()) == plan
     shut(stream)
+
+
+def test_what_was_forgotten_was_never_seen_also_after_a_kill_and_counts_again_from_then_on(tmp_path: Path) -> None:
+    stream = open_stream(tmp_path)
+    stream.push(make([(1, "a", "x", 5.0), (2, "b", "x", 7.0), (3, "a", "y", 9.0)]))
+    never = stream.read({"card": ["nobody"]}, [(T0 + 10) * US])
+    kept = stream.read({"card": ["b"], "store": ["x"]}, [(T0 + 10) * US])
+    assert stream.forget("card", "a")
+    assert not stream.forget("colour", "red")
+    for again in (False, True):
+        if again:
+            kill(stream)
+            stream = open_stream(tmp_path)
+        found = stream.read({"card": ["a"]}, [(T0 + 10) * US])
+        np.testing.assert_equal(found.values, never.values)
+        assert found.sequences == never.sequences
+        others = stream.read({"card": ["b"], "store": ["x"]}, [(T0 + 10) * US])
+        np.testing.assert_equal(others.values, kept.values)
+    stream.push(make([(20, "a", "x", 1.0)]))
+    expected = EventStream(
+        "other", PLAN, TieredStore(DiskTier(tmp_path / "other")), tmp_path / "other log", clock=lambda: T0 + 10**6
+    )
+    expected.push(make([(20, "a", "x", 1.0)]))
+    np.testing.assert_equal(
+        stream.read({"card": ["a"]}, [(T0 + 30) * US]).values, expected.read({"card": ["a"]}, [(T0 + 30) * US]).values
+    )
+    shut(stream)
+    shut(expected)

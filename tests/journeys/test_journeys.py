@@ -793,15 +793,25 @@ def test_what_is_kept_of_a_card_is_forgotten_when_asked_to(
 ) -> None:
     for name, card in (("forget 1", "leaver"), ("forget 2", "leaver"), ("keep", "stayer")):
         _record(service, payment(files, transaction_id=name, card_id=card))
+    moments = [{"events": [payment(files, card_id=card)], "explain": False} for card in ("leaver", "nobody knows")]
+    events = [payment(files, transaction_id=f"paid {i}", card_id="leaver") for i in range(3)]
+    moments[0]["events"][0]["datetime"] = moments[1]["events"][0]["datetime"] = events[0]["datetime"] + 60
+    service.post("/v1/events", json={"events": events, "application": "fraud"})
+
+    def scores() -> list[float]:
+        return [service.post("/v1/fraud/score", json=body).json()["scores"][0]["score"] for body in moments]
+
     body = {"column": "card_id", "value": "leaver", "reason": "asked for in letter 12"}
-    assert service.post("/v1/admin/erase", json=body).json() == {"erased": 2}
+    assert service.post("/v1/admin/erase", json=body).json() == {"erased": 5}
+    known, unknown = scores()
+    assert known == unknown, "to a score it was never seen"
     for name in ("forget 1", "forget 2"):
         assert service.get(f"/v1/fraud/decisions/{name}").status_code == 404
     assert service.get("/v1/fraud/decisions/keep").status_code == 200
     newest = service.get("/v1/fraud/decisions").json()["decisions"]
     assert "leaver" not in {one["event"]["card_id"] for one in newest}
     entry = list(AuditLog(home.paths.audit_log).entries())[-1]
-    assert (entry["action"], entry["records"], entry["reason"]) == ("erase", 2, "asked for in letter 12")
+    assert (entry["action"], entry["records"], entry["reason"]) == ("erase", 5, "asked for in letter 12")
     assert "leaver" not in json.dumps(entry)
     assert "names nobody" in service.post("/v1/admin/erase", json={**body, "column": "amount"}).json()["detail"]
 

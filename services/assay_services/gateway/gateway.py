@@ -154,7 +154,7 @@ class Gateway:
             return reply._replace(headers=(*reply.headers, *told))
         if refused is not None:
             return refused
-        raise ProblemError(503, "no region answers", headers={"Retry-After": "1"})
+        raise ProblemError(503, "no region is ready; see /v1/gateway", headers={"Retry-After": "1"})
 
     async def _asked(
         self,
@@ -204,7 +204,7 @@ class Gateway:
     def _ready(self) -> Reply:
         if any(region.is_up for region in self.regions.values()):
             return Reply(200, b'{"status":"ready"}', JSON)
-        raise ProblemError(503, "no region answers", headers={"Retry-After": "1"})
+        raise ProblemError(503, "no region is ready; see /v1/gateway", headers={"Retry-After": "1"})
 
     def _told(self, name: str) -> dict[str, Any]:
         region = self.regions[name]
