@@ -384,6 +384,11 @@ def test_what_must_not_be_done_twice_is_not_sent_twice(tmp_path: Path) -> None:
             answer = await one.client.post("/v1/admin/models/fraud/promote", content=b"{}")
             assert answer.status_code == 503
             assert "look before" in answer.json()["detail"]
+            one.near.hangs = False
+            await until(lambda: one.gateway.regions["near"].is_up)
+            one.near.status = 503
+            answer = await one.client.post("/v1/admin/models/fraud/promote", content=b"{}")
+            assert (answer.status_code, answer.json()["at"]) == (503, "near")
             assert not one.far.asked
 
     asyncio.run(work())

@@ -142,7 +142,8 @@ class Gateway:
                 continue
             if trace is not None:
                 trace.part(f"ask region {region.name}", began_ns, **{"http.response.status_code": reply.status})
-            if reply.status == 503 or (reply.status == 404 and path.startswith(_SOUGHT)):
+            # A region that says so may have done it, if whoever did it then went.
+            if (reply.status == 503 and repeatable) or (reply.status == 404 and path.startswith(_SOUGHT)):
                 refused = refused or reply
                 continue
             if writes and reply.status < 300:
