@@ -146,6 +146,51 @@ def test_the_model_loads_with_mlflow_and_pickles_refused(home: Config, fraud_rep
     assert 0 < float(model.predict(frame)[0]) < 1
 
 
+# Before any service takes events that the table does not have.
+def test_features_that_were_served_otherwise_than_batch_computes_them_are_named(
+    fraud_report: RunReport, home: Config, files: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    shutil.copytree(home.paths.home, tmp_path / "home")
+    config = Config(paths=Paths(home=tmp_path / "home", cache=tmp_path / "cache"))
+    registry, name = open_registry(config), "fraud-own"
+    repository = FeatureRepository(config.paths.feature_repositories / name)
+    records = DecisionRecords(config.paths.feature_repositories / name / "records")
+    version = registry.version_of(name)
+    assert version is not None
+    scorer = FraudScorer.load(registry.download(name, version), repository, records)
+    table = pd.read_csv(files["fraud"][0])
+    more = table.tail(40).assign(
+        transaction_id=[f"skew{i}" for i in range(40)], datetime=table["datetime"].max() + 60 * np.arange(1, 41)
+    )
+    more["card_id"] = more["card_id"].where(np.arange(40) != 30, more["card_id"].iloc[20])
+    rows = json.loads(more.drop(columns="fraud").to_json(orient="records"))
+    (tmp_path / "later").mkdir()
+    for i, row in enumerate(rows):
+        scorer.score([row], explain=False, keep_as=ModelRef(name=name, version=version))
+        if i != 20:  # one is lost on its way to the features
+            scorer.add(scorer.parse_events([row]))
+    records.close()  # one process opens a store once
+    pd.concat([table, more]).to_csv(tmp_path / "later.csv", index=False)
+    asked = options(config, "fraud", (tmp_path / "later.csv", files["fraud"][1]))
+    asked = replace(asked, model_name=name)
+    call = argparse.Namespace(rows=20, tolerance=1e-9)
+    with pytest.raises(WorkError, match="served otherwise"):
+        run_skew(asked, call, Reporter())
+    assert scorer.look()
+    found, alarms = scorer.seen()
+    assert {one.kind for one in found} == {one.kind for one in alarms} == {"cells"}
+    assert all(one.value in {row["transaction_id"] for row in rows[21:]} for one in found)
+    assert any("served" in one.text and "batch" in one.text for one in found)
+    # The first half met no fault.
+    records = DecisionRecords(config.paths.feature_repositories / name / "records")
+    records.erase(lambda record: record["event"]["transaction_id"] in {row["transaction_id"] for row in rows[20:]})
+    records.close()
+    assert run_skew(asked, call, Reporter()) == 0
+    assert scorer.look()
+    assert scorer.seen() == ([], [])
+    repository.close()
+
+
 @contextmanager
 def serving(
     home: Path, *options: str, models: int = 2, **more: str
@@ -628,50 +673,6 @@ def test_a_worker_that_is_killed_loses_nothing_and_another_writes_on(
         while len(workers()) < 2 or str(writer) in workers():
             assert time.monotonic() < deadline + 60, "the worker was not started again"
             time.sleep(0.5)
-
-
-def test_features_that_were_served_otherwise_than_batch_computes_them_are_named(
-    fraud_report: RunReport, home: Config, files: dict[str, tuple[Path, Path]], tmp_path: Path
-) -> None:
-    shutil.copytree(home.paths.home, tmp_path / "home")
-    config = Config(paths=Paths(home=tmp_path / "home", cache=tmp_path / "cache"))
-    registry, name = open_registry(config), "fraud-own"
-    repository = FeatureRepository(config.paths.feature_repositories / name)
-    records = DecisionRecords(config.paths.feature_repositories / name / "records")
-    version = registry.version_of(name)
-    assert version is not None
-    scorer = FraudScorer.load(registry.download(name, version), repository, records)
-    table = pd.read_csv(files["fraud"][0])
-    more = table.tail(40).assign(
-        transaction_id=[f"skew{i}" for i in range(40)], datetime=table["datetime"].max() + 60 * np.arange(1, 41)
-    )
-    more["card_id"] = more["card_id"].where(np.arange(40) != 30, more["card_id"].iloc[20])
-    rows = json.loads(more.drop(columns="fraud").to_json(orient="records"))
-    (tmp_path / "later").mkdir()
-    for i, row in enumerate(rows):
-        scorer.score([row], explain=False, keep_as=ModelRef(name=name, version=version))
-        if i != 20:  # one is lost on its way to the features
-            scorer.add(scorer.parse_events([row]))
-    records.close()  # one process opens a store once
-    pd.concat([table, more]).to_csv(tmp_path / "later.csv", index=False)
-    asked = options(config, "fraud", (tmp_path / "later.csv", files["fraud"][1]))
-    asked = replace(asked, model_name=name)
-    call = argparse.Namespace(rows=20, tolerance=1e-9)
-    with pytest.raises(WorkError, match="served otherwise"):
-        run_skew(asked, call, Reporter())
-    assert scorer.look()
-    found, alarms = scorer.seen()
-    assert {one.kind for one in found} == {one.kind for one in alarms} == {"cells"}
-    assert all(one.value in {row["transaction_id"] for row in rows[21:]} for one in found)
-    assert any("served" in one.text and "batch" in one.text for one in found)
-    # The first half met no fault.
-    records = DecisionRecords(config.paths.feature_repositories / name / "records")
-    records.erase(lambda record: record["event"]["transaction_id"] in {row["transaction_id"] for row in rows[20:]})
-    records.close()
-    assert run_skew(asked, call, Reporter()) == 0
-    assert scorer.look()
-    assert scorer.seen() == ([], [])
-    repository.close()
 
 
 def can_make_namespaces() -> bool:
