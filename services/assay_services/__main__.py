@@ -6,8 +6,8 @@ import sys
 from dataclasses import replace
 
 from assay_platform.config import Config, Service, load_config
-from assay_platform.errors import AssayError, InputError
 
+from assay_services.exits import exit_code
 from assay_services.listening import bind, refuse_to_be_open
 from assay_services.logs import log_to_stderr
 
@@ -23,32 +23,27 @@ def main() -> int:
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--new-key")
     call = parser.parse_args()
-    try:
-        config = load_config()
-        log_to_stderr(config.service.log)
-        service = config.service
-        chosen = {"host": call.host, "port": call.port, "workers": call.workers}
-        service = replace(service, **{k: v for k, v in chosen.items() if v is not None})
-        config = replace(config, service=service)
-        if call.new_key:
-            return _new_key(config, call.new_key)
+    return exit_code(lambda: _run(call))
+
+
+def _run(call: argparse.Namespace) -> None:
+    config = load_config()
+    log_to_stderr(config.service.log)
+    chosen = {"host": call.host, "port": call.port, "workers": call.workers}
+    service = replace(config.service, **{k: v for k, v in chosen.items() if v is not None})
+    config = replace(config, service=service)
+    if call.new_key:
+        _new_key(config, call.new_key)
+    else:
         _serve(config, service, call)
-    except InputError as error:
-        sys.stderr.write(f"assay: {error}\n")
-        return 2
-    except AssayError as error:
-        sys.stderr.write(f"assay: {error}\n")
-        return 1
-    return 0
 
 
-def _new_key(config: Config, who: str) -> int:
+def _new_key(config: Config, who: str) -> None:
     from assay_services.auth import KeyStore
 
     key = KeyStore(config.paths.api_keys).create(who)
     sys.stdout.write(f"{key}\n")
     sys.stderr.write(f"key for {who!r}; it is not shown again. A running service knows it within a second.\n")
-    return 0
 
 
 def _serve(config: Config, service: Service, call: argparse.Namespace) -> None:

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from assay_platform.config import load_config
-from assay_platform.errors import AssayError, InputError
 
 from assay_services.auth import KeyStore
+from assay_services.exits import exit_code
 
 
 def main() -> int:
@@ -21,25 +21,21 @@ def main() -> int:
     commands.add_parser("list")
     commands.add_parser("revoke").add_argument("id")
     call = parser.parse_args()
-    try:
-        store = KeyStore(load_config().paths.api_keys)
-        if call.command == "new":
-            scopes = [scope.strip() for scope in call.scopes.split(",") if scope.strip()]
-            key = store.create(call.who, scopes=scopes, rate=call.rate, days=call.days)
-            sys.stdout.write(f"{key}\n")
-            sys.stderr.write(f"key for {call.who!r}: it is not shown again\n")
-        elif call.command == "revoke":
-            gone = store.revoke(call.id)
-            sys.stdout.write(f"the key {gone.id} of {gone.who!r} is revoked\n")
-        else:
-            _show(store)
-    except InputError as error:
-        sys.stderr.write(f"assay: {error}\n")
-        return 2
-    except AssayError as error:
-        sys.stderr.write(f"assay: {error}\n")
-        return 1
-    return 0
+    return exit_code(lambda: _run(call))
+
+
+def _run(call: argparse.Namespace) -> None:
+    store = KeyStore(load_config().paths.api_keys)
+    if call.command == "new":
+        scopes = [scope.strip() for scope in call.scopes.split(",") if scope.strip()]
+        key = store.create(call.who, scopes=scopes, rate=call.rate, days=call.days)
+        sys.stdout.write(f"{key}\n")
+        sys.stderr.write(f"key for {call.who!r}: it is not shown again\n")
+    elif call.command == "revoke":
+        gone = store.revoke(call.id)
+        sys.stdout.write(f"the key {gone.id} of {gone.who!r} is revoked\n")
+    else:
+        _show(store)
 
 
 def _show(store: KeyStore) -> None:

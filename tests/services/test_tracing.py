@@ -40,7 +40,7 @@ def asked(config: Config, folder: Path, *requests: dict[str, Any]) -> None:
         life = asyncio.create_task(front({"type": "lifespan"}, messages.get, said.put))
         await messages.put({"type": "lifespan.startup"})
         await said.get()
-        transport = httpx.ASGITransport(front)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(front)
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
             for request in requests:
                 await client.post("/v1/fraud/score", **{"content": b'{"events": [{}, {}]}', **request})

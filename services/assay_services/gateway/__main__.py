@@ -3,15 +3,17 @@
 import argparse
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import uvicorn
 from assay_platform.config import Config, load_config
-from assay_platform.errors import AssayError, ConfigError, InputError
+from assay_platform.errors import ConfigError
 from assay_platform.monitoring.metrics import ServiceMetrics
 from assay_platform.tracking import AuditLog
 
 from assay_services.auth import KeyStore
+from assay_services.exits import exit_code
 from assay_services.gateway.gateway import Gateway
 from assay_services.gateway.outbox import Outbox
 from assay_services.limits import Gatekeeper
@@ -26,20 +28,15 @@ def main() -> int:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     call = parser.parse_args()
-    try:
-        config = load_config()
-        log_to_stderr(config.service.log)
-        chosen = {name: value for name, value in vars(call).items() if value is not None}
+    return exit_code(lambda: _run(call))
+
+
+def _run(call: argparse.Namespace) -> None:
+    config = load_config()
+    log_to_stderr(config.service.log)
+    chosen = {name: value for name, value in vars(call).items() if value is not None}
+    with suppress(KeyboardInterrupt):
         run(replace(config, gateway=replace(config.gateway, **chosen)))
-    except InputError as error:
-        sys.stderr.write(f"assay: {error}\n")
-        return 2
-    except AssayError as error:
-        sys.stderr.write(f"assay: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 0
-    return 0
 
 
 def run(config: Config) -> None:
