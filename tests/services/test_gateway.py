@@ -481,3 +481,11 @@ def test_a_trace_goes_on_in_the_region_that_answers_and_shows_the_one_that_did_n
     (server,) = [span for span in spans if span.name == "POST /v1/fraud/score"]
     assert given == f"{parent[:36]}{server.span_id.hex()}-01"
     assert {span.name for span in spans} - {server.name} == {"region near did not answer", "ask region far"}
+
+
+def test_a_list_of_drained_regions_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, ["a"])
+    (tmp_path / "drained.json").write_text("{")
+    with pytest.raises(StorageError, match=r"drained\.json.*remove it"):
+        Gateway(Settings(regions={"a": "http://x:1"}), outbox, ServiceMetrics(), AuditLog(tmp_path / "audit.jsonl"))
+    outbox.close()

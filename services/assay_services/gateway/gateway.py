@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,7 +62,11 @@ class Gateway:
         key: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """key: an API key of all regions that may write and administrate; what others have taken is told with it."""
+        """key: an API key of all regions that may write and administrate; what others have taken is told with it.
+
+        Raises:
+            StorageError: which regions are drained cannot be read.
+        """
         self._settings, self._outbox, self._audit, self._clock = settings, outbox, audit, clock
         self._service_metrics = metrics
         self.regions = {name: Region(name) for name in settings.regions}
@@ -74,10 +79,9 @@ class Gateway:
         self._wake = {name: asyncio.Event() for name in self.regions}
         self._tasks: set[asyncio.Task[None]] = set()
         self._drained_file = outbox.folder / "drained.json"
-        if self._drained_file.is_file():
-            for name in json.loads(self._drained_file.read_text()):
-                if name in self.regions:
-                    self.regions[name].drained = True
+        for name in _read_names(self._drained_file):
+            if name in self.regions:
+                self.regions[name].drained = True
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection."""
@@ -324,6 +328,14 @@ class Gateway:
             _log.warning("region %s answers %d to what %s has taken; it is told again: %s", name, reply.status,
                          write.origin, reply.body[:300].decode())  # fmt: skip
         return False
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        return list(json.loads(file.read_text())) if file.is_file() else []
+    except (OSError, ValueError) as error:
+        detail = f"{file}: which regions are drained cannot be read ({error}); remove it to begin with none"
+        raise StorageError(detail) from error
 
 
 def _headers_of(scope: dict[str, Any], *, named: bool) -> list[tuple[bytes, bytes]]:
