@@ -6,7 +6,7 @@ Requests come in an open loop. 'During a swap' are those that began between the 
 new version. Peer: the same scorer on Ray Serve, which is deployed again with another `user_config` and reads its model
 in `reconfigure`, under a load that it bears; its swap counts as six seconds.
 
-    assay bench serving_swap [--json] [--swaps 200] [--rate 150] [--peer-swaps 5] [--peer-rate 40]
+    assay bench serving_swap [--json] [--swaps 200] [--rate 150] [--scorers 2] [--peer-swaps 5] [--peer-rate 40]
 """
 
 import argparse
@@ -135,7 +135,8 @@ def ours(call: argparse.Namespace, scratch: Path, requests: list[bytes], probe: 
     context = multiprocessing.get_context("spawn")
     hears, tells = context.Pipe(duplex=False)
     process = context.Process(target=operator, args=(call.model, numbers, port, call.swaps, tells))
-    with running(command_of("ours", port, call.model, ""), port, probe, PATHS["ours"], scratch / "ours.log"):
+    command = [*command_of("ours", port, call.model, ""), "--workers", str(call.scorers)]
+    with running(command, port, probe, PATHS["ours"], scratch / "ours.log"):
         process.start()
         tells.close()
         hears.recv()
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--model", default="fraud-demo")
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=150.0, help="requests a second")
+    parser.add_argument("--scorers", type=int, default=2, help="processes of ours that hold models")
     parser.add_argument("--peer-swaps", type=int, default=5)
     parser.add_argument("--peer-rate", type=float, default=40.0)
     parser.add_argument("--json", action="store_true")

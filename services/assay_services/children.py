@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,27 @@ def run_front(config: Config, listener: socket.socket, folder: Path, name: str) 
         uvicorn.Server(settings).run(sockets=[listener])
     except KeyboardInterrupt:
         return
+
+
+def run_board_writer(config: Config, front: Path) -> None:
+    """Look at the registry for those that score, until SIGTERM. front: the socket that gives batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    from assay_platform.tracking import AuditLog, ModelRegistry
+
+    from assay_services.alias_board import board_of, keep_up_to_date
+    from assay_services.supervisor import end_with_parent
+
+    log_to_stderr(config.service.log)
+    end_with_parent()
+
+    def registry() -> ModelRegistry:
+        return ModelRegistry(config.tracking_uri, AuditLog(config.paths.audit_log))
+
+    # A registry that hangs does not hold up the end.
+    looks = partial(keep_up_to_date, board_of(front), registry, poll_s=config.service.poll_registry_s)
+    threading.Thread(target=looks, name="assay-board", daemon=True).start()
+    signal.sigwait({signal.SIGTERM})
 
 
 def run_scorer(config: Config, front: Path, fraud: str | None, recommend: str | None) -> None:

@@ -4,6 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from assay_platform.storage.tiered import TieredStore
 from assay_platform.tracking import AuditLog, ModelRegistry
 from assay_platform.tracking.records import DecisionRecords
 
+from assay_services.alias_board import Board, WatchedRegistry
 from assay_services.answering import ListAnswering, ScoreAnswering
 from assay_services.fast_path import COUNTERFACTUALS, LISTS, SCORES
 from assay_services.fraud import FraudScorer
@@ -130,8 +132,17 @@ class _Repositories:
             records.close()
 
 
-def make_dependencies(config: Config, *, fraud: str | None = None, recommend: str | None = None) -> Dependencies:
-    """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion."""
+def make_dependencies(
+    config: Config,
+    *,
+    fraud: str | None = None,
+    recommend: str | None = None,
+    board: Board | None = None,
+    busy: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Dependencies:
+    """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion. board: where another
+    process says where aliases point. busy: see `Slot`.
+    """
     metrics = ServiceMetrics()
     siblings = Siblings(config.paths.home)
     repositories = _Repositories(config.paths.feature_repositories, siblings.is_writer)
@@ -145,6 +156,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
         pinned_name=fraud,
         rollout=config.rollout,
         audit=audit,
+        busy=busy,
     )
     recommend_slot: Slot[ItemRecommender] = Slot(
         "recommend",
@@ -153,6 +165,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
         pinned_name=recommend,
         rollout=config.rollout,
         audit=audit,
+        busy=busy,
     )
     slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
     metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
@@ -169,7 +182,7 @@ def make_dependencies(config: Config, *, fraud: str | None = None, recommend: st
             metrics.drifted(*fraud_slot.current.model.seen())
 
     follower = Follower(
-        lambda: ModelRegistry(config.tracking_uri, audit),
+        lambda: WatchedRegistry(ModelRegistry(config.tracking_uri, audit), board, poll_s=service.poll_registry_s),
         [fraud_slot, recommend_slot],
         poll_s=service.poll_registry_s,
         each_time=each_time,

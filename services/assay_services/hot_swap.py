@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +30,9 @@ from assay_platform.config import Rollout
 from assay_platform.errors import RegistryError
 from assay_platform.monitoring.drift import band_distance
 from assay_platform.monitoring.metrics import ServiceMetrics
-from assay_platform.tracking import CHALLENGER, CHAMPION, AuditLog, ModelRegistry
+from assay_platform.tracking import CHALLENGER, CHAMPION, AuditLog
 
+from assay_services.alias_board import WatchedRegistry
 from assay_services.problems import ProblemError
 from assay_services.rehearsal import Evidence, Rehearsed, rehearse
 from assay_services.schemas import Refused
@@ -43,6 +45,8 @@ _BACK_OFF_S, _REFUSED_S = 30.0, 300.0
 _REHEARSED, _SCORES_KEPT = 64, 2000
 # Well within what a process that scores is given to end in.
 _STOP_S = 5.0
+# To look whether another process has seen that the registry changed costs nothing.
+_NEWS_S = 0.1
 # A version is judged by so many requests at least.
 _FEWEST_REQUESTS, _FEWEST_SCORES = 20, 200
 
@@ -94,13 +98,14 @@ class Slot(Generic[Model]):
         pinned_name: str | None = None,
         rollout: Rollout | None = None,
         audit: AuditLog | None = None,
+        busy: Callable[[], AbstractContextManager[None]] = nullcontext,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """load: (model name, artifact folder) → a model that has answered once. pinned_name: else the
-        application's newest champion is chosen when there is one, and kept.
+        application's newest champion is chosen when there is one, and kept. busy: around what takes the interpreter.
         """
         self.application = application
-        self._load, self._metrics, self._clock = load, metrics, clock
+        self._load, self._metrics, self._busy, self._clock = load, metrics, busy, clock
         self._name, self._rollout, self._audit = pinned_name, rollout or Rollout(), audit
         self._current: Loaded[Model] | None = None
         self._challenger: Loaded[Model] | None = None
@@ -154,7 +159,7 @@ class Slot(Generic[Model]):
 
     # ------------------------------------------------------------------ what the follower does, in its thread
 
-    def refresh(self, registry: ModelRegistry) -> bool:
+    def refresh(self, registry: WatchedRegistry) -> bool:
         """Look at the aliases once; True if another version was swapped in."""
         if self._name is None:
             self._name = registry.newest_champion(self.application)
@@ -167,7 +172,7 @@ class Slot(Generic[Model]):
             self._ask_aside()
         return swapped
 
-    def _follow_champion(self, registry: ModelRegistry, name: str) -> bool:
+    def _follow_champion(self, registry: WatchedRegistry, name: str) -> bool:
         version, current = registry.version_of(name, CHAMPION), self._current
         if version is None or (current is not None and current.version == version):
             self.refused = None
@@ -181,7 +186,8 @@ class Slot(Generic[Model]):
             return False
         evidence = Evidence(requests=0)
         if current is not None and self._rollout.rehearse and not registry.is_unchecked(name, version):
-            evidence = rehearse(current.model, loaded.model, list(self._recent), self._rollout, self.turn)
+            with self._busy():
+                evidence = rehearse(current.model, loaded.model, list(self._recent), self._rollout, self.turn)
         if evidence.objections:
             self._refuse(loaded, evidence)
             return False
@@ -198,7 +204,7 @@ class Slot(Generic[Model]):
         _log.info("%s version %s answers now", name, version)
         return True
 
-    def _follow_challenger(self, registry: ModelRegistry, name: str) -> None:
+    def _follow_challenger(self, registry: WatchedRegistry, name: str) -> None:
         version, held = registry.version_of(name, CHALLENGER), self._challenger
         if version is None or (self._current is not None and version == self._current.version):
             self._challenger = None
@@ -211,7 +217,7 @@ class Slot(Generic[Model]):
             self._challenger = loaded
             self._record("challenge", loaded, share=self._rollout.canary_share, shadow=self._rollout.shadow)
 
-    def _loaded(self, registry: ModelRegistry, name: str, version: int, alias: str) -> Loaded[Model] | None:
+    def _loaded(self, registry: WatchedRegistry, name: str, version: int, alias: str) -> Loaded[Model] | None:
         """One that is in memory already, or read now; None if that fails, which is tried again later."""
         watched = self._watched
         for held in (self._challenger, watched.before if watched else None):
@@ -221,7 +227,9 @@ class Slot(Generic[Model]):
         if failed is not None and failed[0] == version and self._clock() < failed[1]:
             return None
         try:
-            model = self._load(name, registry.download(name, version))
+            folder = registry.download(name, version)
+            with self._busy():
+                model = self._load(name, folder)
         except Exception:  # noqa: BLE001 - a broken version of whatever kind must never stop the one that answers
             self._failed[alias] = (version, self._clock() + _BACK_OFF_S)
             self._metrics.swaps.labels(self.application, "failed").inc()
@@ -238,7 +246,7 @@ class Slot(Generic[Model]):
         self.refused = Refused(version=loaded.version, reason=why)
         self._metrics.swaps.labels(self.application, "refused").inc()
 
-    def _watch(self, registry: ModelRegistry) -> None:
+    def _watch(self, registry: WatchedRegistry) -> None:
         """Go back to the version before, if the new one does not do as it did."""
         watched, current = self._watched, self._current
         if watched is None or current is None:
@@ -295,7 +303,7 @@ class Follower:
 
     def __init__(
         self,
-        registry: Callable[[], ModelRegistry],
+        registry: Callable[[], WatchedRegistry],
         slots: Sequence[Slot[Any]],
         *,
         poll_s: float,
@@ -322,7 +330,7 @@ class Follower:
         self._thread.join(timeout=_STOP_S)
 
     def _run(self) -> None:
-        registry: ModelRegistry | None = None
+        registry: WatchedRegistry | None = None
         while not self._stop.is_set():
             try:
                 self._each_time()
@@ -335,8 +343,19 @@ class Follower:
             except Exception:  # noqa: BLE001 - the registry may be away for a while; what is loaded keeps answering
                 _log.exception("the registry could not be read; trying again")
             self.first_look.set()
-            self._wake.wait(self._poll_s)
-            self._wake.clear()
+            self._rest(registry)
+
+    def _rest(self, registry: WatchedRegistry | None) -> None:
+        """Until the next look is due, or somebody says that it is."""
+        until = time.monotonic() + self._poll_s
+        while (left_s := until - time.monotonic()) > 0:
+            if self._wake.wait(min(_NEWS_S, left_s)):
+                self._wake.clear()
+                if registry is not None:
+                    registry.ask_yourself()
+                return
+            if registry is not None and registry.has_news():
+                return
 
 
 def _share_of(key: str) -> float:

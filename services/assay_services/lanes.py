@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,21 @@ class Call(msgspec.Struct, array_like=True):
     bodies: list[bytes]
 
 
-class Answered(msgspec.Struct, array_like=True):
+class Answered(msgspec.Struct, array_like=True, tag="answered"):
     """A reply to each, how long the call took, and what it spent that on."""
 
     seconds: float
     replies: list[Reply]
     stages: list[tuple[str, float]] = []
+
+
+class Aside(msgspec.Struct, array_like=True, tag="aside"):
+    """The process wants no batches as long as another one takes them; or it wants some again."""
+
+    aside: bool
+
+
+_said = msgspec.msgpack.Decoder(Answered | Aside)
 
 
 def _framed(message: msgspec.Struct) -> bytes:
@@ -73,11 +83,14 @@ def _framed(message: msgspec.Struct) -> bytes:
 
 
 class _Lane:
-    """A connection from a process that scores. batches: what it works on, and at most one after it."""
+    """A connection from a process that scores. batches: what it works on, and at most one after it. aside: it is busy
+    with something else, so others come first.
+    """
 
     def __init__(self, hello: Hello, writer: asyncio.StreamWriter) -> None:
         self.hello, self.writer = hello, writer
         self.batches: deque[Batch[bytes]] = deque()
+        self.aside = False
         self.hung: asyncio.TimerHandle | None = None
 
     def watch(self) -> None:
@@ -144,7 +157,12 @@ class Pool:
         try:
             self._feed()
             while True:
-                self._answered(lane, msgspec.msgpack.decode(await _read(reader), type=Answered))
+                said = _said.decode(await _read(reader))
+                if isinstance(said, Aside):
+                    lane.aside = said.aside
+                    self._feed()
+                else:
+                    self._answered(lane, said)
         finally:
             self._left(lane)
 
@@ -154,7 +172,7 @@ class Pool:
 
     def _gave_next(self, lane: _Lane) -> bool:
         """Whether there was something for a lane to do next."""
-        if len(lane.batches) > 1:
+        if len(lane.batches) > 1 or (lane.aside and not all(other.aside for other in self._lanes)):
             return False
         batch = self._queue.take(self._clock(), lane, only_full=bool(lane.batches))
         if batch is None:
@@ -287,12 +305,22 @@ class LaneWorker:
         self._lane, self._path, self._http, self._answer = lane, path, http, answer
         self._stop = threading.Event()
         self._connection: socket.socket | None = None
+        self._aside = False
+        self._talking = threading.Lock()
         self._busy = threading.Lock()  # held while a batch is answered
         self._thread = threading.Thread(target=self._run, name=f"assay-{lane}", daemon=True)
 
     def start(self) -> None:
         """Connect and work."""
         self._thread.start()
+
+    def step_aside(self, aside: bool) -> None:
+        """Take no batches from now on as long as another process takes them; or take them again."""
+        with self._talking:
+            self._aside = aside
+            if self._connection is not None:
+                with suppress(OSError):  # the front has gone; it is told when it is back
+                    self._connection.sendall(_framed(Aside(aside)))
 
     def stop(self) -> None:
         """Answer what is being answered, then end."""
@@ -307,8 +335,11 @@ class LaneWorker:
             try:
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.connect(str(self._path))
-                    self._connection = connection
-                    connection.sendall(_framed(Hello(self._lane, os.getpid(), str(self._http))))
+                    with self._talking:
+                        self._connection = connection
+                        connection.sendall(_framed(Hello(self._lane, os.getpid(), str(self._http))))
+                        if self._aside:
+                            connection.sendall(_framed(Aside(True)))
                     self._work(connection)
             except OSError:
                 pass  # the front is being started, or has gone
@@ -327,7 +358,8 @@ class LaneWorker:
                     stages.begin()
                     replies = self._replies(call)
                     answered = Answered(time.perf_counter() - began, replies, stages.taken())
-                    connection.sendall(_framed(answered))
+                    with self._talking:
+                        connection.sendall(_framed(answered))
 
     def _replies(self, call: Call) -> list[Reply]:
         try:
@@ -337,7 +369,5 @@ class LaneWorker:
 
 
 def _shut(connection: socket.socket) -> None:
-    try:
+    with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return

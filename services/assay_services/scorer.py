@@ -4,10 +4,12 @@ from pathlib import Path
 
 from assay_platform.config import Config
 
+from assay_services.alias_board import board_of
 from assay_services.app import application
 from assay_services.dependencies import make_dependencies
 from assay_services.lanes import LaneWorker
 from assay_services.siblings import HandOver
+from assay_services.stepping_aside import SteppingAside
 
 
 class Scorer:
@@ -15,7 +17,10 @@ class Scorer:
 
     def __init__(self, config: Config, front: Path, *, fraud: str | None = None, recommend: str | None = None) -> None:
         """front: the socket that gives batches. fraud, recommend: see `make_dependencies`."""
-        self._deps = deps = make_dependencies(config, fraud=fraud, recommend=recommend)
+        self._aside = SteppingAside(front.with_suffix(".reading"))
+        self._deps = deps = make_dependencies(
+            config, fraud=fraud, recommend=recommend, board=board_of(front), busy=self._aside
+        )
         self._workers = [
             LaneWorker(lane, front, deps.siblings.socket, answer) for lane, answer in deps.by_lane().items()
         ]
@@ -25,6 +30,7 @@ class Scorer:
         self._deps.start(HandOver(application(self._deps), siblings=self._deps.siblings))
         for worker in self._workers:
             worker.start()
+        self._aside.workers.extend(self._workers)
 
     def stop(self) -> None:
         """Answer what is being answered, then write what is in memory."""

@@ -1,4 +1,5 @@
-"""`assay serve` on one machine: a process that speaks HTTP, some that score, and this one, which starts them again.
+"""`assay serve` on one machine: a process that speaks HTTP, some that score, one that looks at the registry for them,
+and this one, which starts them again.
 
 Processes are forked from one that has imported everything and started nothing, so one that is started again answers as
 soon as it has read its models, and the libraries are in memory once. On Ctrl-C or SIGTERM the front stops accepting and
@@ -87,8 +88,8 @@ class Supervisor:
             child.process = None
 
     def _stop(self) -> None:
-        front, *scorers = self._children
-        for together, patience_s in (([front], _FRONT_S), (scorers, _SCORER_S)):
+        front, *others = self._children
+        for together, patience_s in (([front], _FRONT_S), (others, _SCORER_S)):
             running = [child.process for child in together if child.process is not None]
             for process in running:
                 process.terminate()
@@ -114,10 +115,20 @@ def end_with_parent() -> None:
 def serve(config: Config, listener: socket.socket, *, fraud: str | None, recommend: str | None) -> None:
     """Until SIGINT or SIGTERM. listener: bound. fraud, recommend: names of models to follow."""
     # In the children, where the libraries are.
-    from assay_services.children import run_front, run_scorer
+    from assay_services.children import run_board_writer, run_front, run_scorer
 
     folder, name = sockets_of(config.paths.home), f"{os.getpid()}.front"
     scorers = [
         (f"scorer {i}", run_scorer, (config, folder / name, fraud, recommend)) for i in range(config.service.workers)
     ]
-    Supervisor([("front", run_front, (config, listener, folder, name)), *scorers]).run()
+    try:
+        Supervisor(
+            [
+                ("front", run_front, (config, listener, folder, name)),
+                *scorers,
+                ("board of aliases", run_board_writer, (config, folder / name)),
+            ]
+        ).run()
+    finally:
+        for left in folder.glob(f"{os.getpid()}.*"):
+            left.unlink(missing_ok=True)

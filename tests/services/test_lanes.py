@@ -16,6 +16,7 @@ from assay_services import lanes
 from assay_services.batching import BatchLimits, OverloadedError
 from assay_services.lanes import Lanes, LaneWorker, Pool
 from assay_services.replies import Reply
+from assay_services.stepping_aside import SteppingAside
 
 LIMITS = BatchLimits(max_batch_s=0.05, max_wait_s=5.0)
 
@@ -202,3 +203,63 @@ def test_a_worker_finds_a_front_that_was_started_again(tmp_path: Path) -> None:
     assert asyncio.run(work()) == b"hello"
     assert asyncio.run(work()) == b"hello"
     one.stop()
+
+
+def test_a_process_that_steps_aside_gets_no_batches_as_long_as_another_one_is_there(tmp_path: Path) -> None:
+    def named(name: bytes) -> Callable[[Hashable, Sequence[bytes]], list[Reply]]:
+        return lambda _, jobs: [Reply(200, name, ())] * len(jobs)
+
+    async def who(pool: Pool, num: int = 30) -> set[bytes]:
+        return {reply.body for reply in [await ask(pool, b"x") for _ in range(num)]}
+
+    async def work() -> None:
+        path = tmp_path / "front"
+        async with front(path) as (pool, _):
+            first, second = worker(path, named(b"first")), worker(path, named(b"second"))
+            await until(lambda: len(pool.processes) == 2)
+            first.step_aside(True)
+            await until(lambda: any(lane.aside for lane in pool._lanes))
+            assert await who(pool) == {b"second"}
+            second.step_aside(True)
+            await until(lambda: all(lane.aside for lane in pool._lanes))
+            assert await who(pool) <= {b"first", b"second"}
+            second.step_aside(False)
+            await until(lambda: not all(lane.aside for lane in pool._lanes))
+            # The other one goes: who stands aside answers all the same.
+            await asyncio.to_thread(second.stop)
+            await until(lambda: len(pool.processes) == 1)
+            assert await who(pool, 3) == {b"first"}
+            await asyncio.to_thread(first.stop)
+
+    asyncio.run(work())
+
+
+def test_processes_read_one_after_the_other_and_alone_nobody_waits(tmp_path: Path) -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.aside = False
+
+        def step_aside(self, aside: bool) -> None:
+            self.aside = aside
+
+    both = [Told(), Told()]
+    asides = [SteppingAside(tmp_path / "reading") for _ in both]
+    with asides[0]():  # at the start nobody takes batches yet
+        pass
+    at_once: list[bool] = []
+
+    def read(aside: SteppingAside, told: Told) -> None:
+        with aside():
+            at_once.append(both[0].aside and both[1].aside)
+            assert told.aside
+            time.sleep(0.1)
+
+    threads = []
+    for aside, told in zip(asides, both, strict=True):
+        aside.workers.append(told)
+        threads.append(threading.Thread(target=read, args=(aside, told)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert at_once == [False, False]
+    assert not any(told.aside for told in both)

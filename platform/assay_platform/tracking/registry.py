@@ -74,6 +74,13 @@ class VersionInfo(NamedTuple):
     metrics: dict[str, float]
 
 
+class AliasesOf(NamedTuple):
+    """Of one model: what it is for, and alias → version."""
+
+    application: str
+    aliases: dict[str, int]
+
+
 class ModelRegistry:
     """Versions, aliases and their history."""
 
@@ -130,6 +137,15 @@ class ModelRegistry:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
+
+    def aliases(self) -> dict[str, AliasesOf]:
+        """Model name → where its aliases point, of all models in one request."""
+        return {
+            model.name: AliasesOf(
+                model.tags.get(_APPLICATION_TAG, ""), {alias: int(version) for alias, version in model.aliases.items()}
+            )
+            for model in self._client.search_registered_models(max_results=1000)
+        }
 
     def recorded_validation(self, name: str, version: int, fingerprint: str) -> float | None:
         """A version's own validation metric, if its run was on the data with this fingerprint."""
