@@ -85,8 +85,9 @@ class Service:
 
     max_batch_ms: what one call of a model may take, so that those who come next wait no longer. max_wait_ms: a request
     that would have to wait longer is refused. workers: processes that hold models. tls_certificate, tls_key: PEM files.
-    keep_decisions_days: after which what was decided of an event is forgotten. log: for people, or
-    a JSON object a line. traces: URL of an OpenTelemetry collector that takes OTLP over HTTP; none by default.
+    max_models: in memory of a process beside those that it follows, for requests that name one. keep_decisions_days:
+    after which what was decided of an event is forgotten. log: for people, or a JSON object a line. traces: URL of an
+    OpenTelemetry collector that takes OTLP over HTTP; none by default.
     trace_share: of requests whose callers are not traced themselves.
     """
 
@@ -101,6 +102,7 @@ class Service:
     max_batch_ms: float = 50.0
     max_wait_ms: float = 250.0
     poll_registry_s: float = 1.0
+    max_models: int = 4
     keep_decisions_days: float = 400.0
     log: Literal["text", "json"] = "text"
     traces: str = ""
@@ -123,7 +125,7 @@ class Service:
         above_0 = (
             "workers",
             "max_body_bytes", "max_batch", "max_requests_per_s", "max_batch_ms", "max_wait_ms", "poll_registry_s",
-            "keep_decisions_days",
+            "max_models", "keep_decisions_days",
         )  # fmt: skip
         for name in above_0:
             if getattr(self, name) <= 0:
@@ -138,6 +140,8 @@ class Scaling:
     max_replicas: 0 for as many as cores, less one. utilisation: of what a replica can answer, wanted. call_ms, row_ms:
     what a call of the model takes, and more for each request in it (`assay_batch_seconds` over `assay_batch_requests`).
     start_s: until a replica that is asked for answers. hold_s: one that was not needed for so long goes.
+    own_replicas: names of models that each have replicas of their own, as many as their own load needs; other models
+    share theirs.
     """
 
     min_replicas: int = 1
@@ -148,8 +152,11 @@ class Scaling:
     start_s: float = 15.0
     hold_s: float = 60.0
     zero_s: float = 600.0
+    own_replicas: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not all(isinstance(name, str) and name for name in self.own_replicas):
+            raise ConfigError(f"scaling.own_replicas is {self.own_replicas}; expected names of models")
         for name in ("utilisation", "call_ms", "row_ms"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"scaling.{name} is {getattr(self, name)}; it must be above 0")

@@ -108,6 +108,12 @@ class WatchedRegistry:
                 return None
         return self._registry.newest_champion(application)
 
+    def application_of(self, name: str) -> str | None:
+        """What a model is for; None where there is no such model."""
+        seen = self._fresh()
+        found = (self._registry.aliases() if seen is None or name not in seen else seen).get(name)
+        return None if found is None else found.application
+
     def is_unchecked(self, name: str, version: int) -> bool:
         """See `ModelRegistry`."""
         return self._registry.is_unchecked(name, version)

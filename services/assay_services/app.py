@@ -5,7 +5,7 @@ import os
 import time
 from collections import deque
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from assay_platform.errors import DataError
 from assay_platform.monitoring.alarms import Finding
@@ -20,6 +20,7 @@ from assay_services.answering import Answering
 from assay_services.console import console_routes
 from assay_services.dependencies import Dependencies
 from assay_services.fraud import FraudScorer
+from assay_services.hot_swap import Loaded
 from assay_services.idempotency import named_by
 from assay_services.problems import ProblemError, install
 from assay_services.schemas import (
@@ -147,13 +148,14 @@ def application(deps: Dependencies) -> FastAPI:
         """Chargebacks and findings: what became of events. The answer comes when they are in the features."""
         if len(body.labels) > service.max_batch:
             raise DataError(f"labels: {len(body.labels)} in one request; at most {service.max_batch} are allowed")
-        model = deps.fraud.require().model
+        loaded = deps.fraud.require()
+        model = loaded.model
         answer, judged = model.report(body.labels, now_s=time.time())
         deps.metrics.labels.inc(answer.accepted)
         for one in judged:
             deps.metrics.judged(one.decision, one.score, one.delay_s, fraud=one.fraud)
         if model.calibration is not None and model.calibration.add([(one.score, one.fraud) for one in judged]):
-            deps.metrics.drifted(*model.seen())
+            deps.metrics.drifted(loaded.name, *model.seen())
         return answer
 
     @app.get("/v1/fraud/decisions", responses=_PROBLEMS)
@@ -172,7 +174,7 @@ def application(deps: Dependencies) -> FastAPI:
     @app.get("/v1/models")
     def models() -> ModelsResponse:
         """What answers requests now."""
-        found = [(s.application, s.current, s.challenger, s.refused) for s in (deps.fraud, deps.recommend)]
+        found = [(s.application, s.current, s.challenger, s.refused) for s in list(deps.slots)]
         return ModelsResponse(
             models=[
                 LoadedModel(
@@ -217,9 +219,12 @@ def application(deps: Dependencies) -> FastAPI:
         return AuditResponse(entries=[AuditEntry(**entry) for entry in reversed(newest)])
 
     @app.get("/v1/drift", responses={**_PROBLEMS, 404: {"model": Problem}})
-    def drift() -> DriftResponse:
-        """Whether the newest events still look like those that the fraud model was measured on."""
-        loaded = deps.fraud.require()
+    def drift(application: Literal["fraud", "recommend"] | None = None) -> DriftResponse:
+        """Whether the newest events still look like those that a model was made from. application: by default that of
+        the fraud model, where there is one.
+        """
+        is_of_lists = application == "recommend" or (application is None and deps.fraud.current is None)
+        loaded: Loaded[Any] = (deps.recommend if is_of_lists and deps.recommend.current else deps.fraud).require()
         watch = loaded.model.watch
         if watch is None:
             raise ProblemError(404, f"{loaded.name} version {loaded.version} was registered without a reference")
@@ -235,7 +240,7 @@ def application(deps: Dependencies) -> FastAPI:
             model=ModelRef(name=loaded.name, version=loaded.version),
             window_rows=watch.window_rows,
             windows=watch.seen.windows,
-            label_windows=loaded.model.calibration.seen.windows if loaded.model.calibration is not None else 0,
+            label_windows=loaded.model.label_windows,
             findings=told(findings),
             alarms=told(alarms),
         )

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,25 @@ _FIRST_LOOK_S = 60.0
 _SWEEP_LOOKS = 10
 _CLOCK_OFF_S = 3600.0
 _log = logging.getLogger("assay.service")
+# A shape and bodies of it → a reply to each.
+Answers = Callable[[Hashable, Sequence[bytes]], list[Reply]]
 # What one process writes the others read within this.
 _STREAM = StreamSettings(checkpoint_s=0.25)
 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """All that the application needs from outside. scores, lists: what answers bodies."""
+    """All that the application needs from outside. slots: of all models in memory. open_slot: application and model
+    name → a slot for it. open_registry: what slots ask. scores, lists: what answers bodies.
+    """
 
     config: Config
     metrics: ServiceMetrics
     fraud: Slot[FraudScorer]
     recommend: Slot[ItemRecommender]
+    slots: list[Slot[Any]]
+    open_slot: Callable[[str, str | None], Slot[Any]]
+    open_registry: Callable[[], WatchedRegistry]
     follower: Follower
     siblings: Siblings
     audit: AuditLog
@@ -50,9 +57,18 @@ class Dependencies:
     lists: ListAnswering
     close_stores: Callable[[], None] = lambda: None
 
-    def by_lane(self) -> dict[str, Callable[[Hashable, Sequence[bytes]], list[Reply]]]:
+    def by_lane(self) -> dict[str, Answers]:
         """What answers the bodies of each queue."""
         return {SCORES: self.scores, COUNTERFACTUALS: self.scores, LISTS: self.lists}
+
+    def for_model(self, slot: Slot[Any]) -> "Dependencies":
+        """The same for one model alone, which is in this slot."""
+        fraud = slot if slot.application == "fraud" else self.open_slot("fraud", None)
+        recommend = slot if slot.application == "recommend" else self.open_slot("recommend", None)
+        return replace(
+            self, fraud=fraud, recommend=recommend, slots=[slot],
+            scores=replace(self.scores, slot=fraud), lists=ListAnswering(recommend, self.metrics),
+        )  # fmt: skip
 
     def start(self, app: Any) -> None:
         """Follow the registry, and listen to other processes. Returns when the registry was looked at once: until then
@@ -149,26 +165,24 @@ def make_dependencies(
     metrics.watch_tiers(repositories.tiers)
     metrics.watch_tasks(config.paths.tasks)
     service, audit = config.service, AuditLog(config.paths.audit_log)
-    fraud_slot: Slot[FraudScorer] = Slot(
-        "fraud",
-        lambda name, folder: FraudScorer.load(folder, repositories.get(name), repositories.records(name)),
-        metrics,
-        pinned_name=fraud,
-        rollout=config.rollout,
-        audit=audit,
-        busy=busy,
-    )
-    recommend_slot: Slot[ItemRecommender] = Slot(
-        "recommend",
-        lambda name, folder: ItemRecommender.load(folder, repositories.get(name)),
-        metrics,
-        pinned_name=recommend,
-        rollout=config.rollout,
-        audit=audit,
-        busy=busy,
-    )
-    slots: tuple[Slot[FraudScorer] | Slot[ItemRecommender], ...] = (fraud_slot, recommend_slot)
-    metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in slots if s.current is not None})
+    loads: dict[str, Callable[[str, Path], Any]] = {
+        "fraud": lambda name, folder: FraudScorer.load(folder, repositories.get(name), repositories.records(name)),
+        "recommend": lambda name, folder: ItemRecommender.load(folder, repositories.get(name)),
+    }
+
+    def open_slot(application: str, name: str | None) -> Slot[Any]:
+        return Slot(
+            application, loads[application], metrics, pinned_name=name, rollout=config.rollout, audit=audit, busy=busy
+        )
+
+    def open_registry() -> WatchedRegistry:
+        return WatchedRegistry(ModelRegistry(config.tracking_uri, audit), board, poll_s=service.poll_registry_s)
+
+    fraud_slot: Slot[FraudScorer] = open_slot("fraud", fraud)
+    recommend_slot: Slot[ItemRecommender] = open_slot("recommend", recommend)
+    followed = (fraud_slot, recommend_slot)
+    slots: list[Slot[Any]] = [*followed]
+    metrics.watch_experts(lambda: {s.application: s.current.model.fences for s in followed if s.current is not None})
 
     sweeps, clock = itertools.count(), WallClock()
 
@@ -176,22 +190,24 @@ def make_dependencies(
         repositories.take_over()
         if next(sweeps) % _SWEEP_LOOKS == 0 and clock.is_steady():
             repositories.forget_old(time.time() - service.keep_decisions_days * 86_400)
-        if recommend_slot.current is not None:
-            recommend_slot.current.model.catch_up()
-        if fraud_slot.current is not None and fraud_slot.current.model.look():
-            metrics.drifted(*fraud_slot.current.model.seen())
+        for slot in slots:
+            if slot.current is None:
+                continue
+            model = slot.current.model
+            if isinstance(model, ItemRecommender):
+                model.catch_up()
+            if model.look():
+                metrics.drifted(slot.current.name, *model.seen())
 
-    follower = Follower(
-        lambda: WatchedRegistry(ModelRegistry(config.tracking_uri, audit), board, poll_s=service.poll_registry_s),
-        [fraud_slot, recommend_slot],
-        poll_s=service.poll_registry_s,
-        each_time=each_time,
-    )
+    follower = Follower(open_registry, slots, poll_s=service.poll_registry_s, each_time=each_time)
     return Dependencies(
         config,
         metrics,
         fraud_slot,
         recommend_slot,
+        slots,
+        open_slot,
+        open_registry,
         follower,
         siblings,
         audit,

@@ -47,7 +47,7 @@ from assay_services.schemas import (
     Record,
 )
 from assay_services.stages import Laps
-from assay_services.watch import CalibrationWatch, DriftWatch, SkewWatch
+from assay_services.watch import SCORE, CalibrationWatch, DriftWatch, SkewWatch
 
 _MANY_ROWS = 16
 # Decisions that are shown as the newest.
@@ -221,7 +221,7 @@ class FraudScorer:
             now_s = time.time()
             self._recent.extend((now_s, *pair) for pair in zip(records, out, strict=True))
         if keep_as is not None and self.watch is not None:
-            self.watch.add(events, scores.probability)
+            self.watch.add(events, {SCORE: scores.probability})
         if keep_as is not None and self._records is not None:
             self._records.remember(self._kept(records, columns, out, keep_as))
         lap("keep on record")
@@ -276,6 +276,11 @@ class FraudScorer:
         seen = [watch.seen for watch in (self.watch, self.calibration) if watch is not None]
         skew = self.skew.found
         return [*skew, *(f for one in seen for f in one.findings)], [*skew, *(f for one in seen for f in one.alarms)]
+
+    @property
+    def label_windows(self) -> int:
+        """Windows of labels that were looked at."""
+        return 0 if self.calibration is None else self.calibration.seen.windows
 
     def look(self) -> bool:
         """Look at a window if there is one; whether something is to be told."""

@@ -22,6 +22,7 @@ from assay_services.idempotency import Idempotency
 from assay_services.inner import InnerClient
 from assay_services.lanes import Lanes, Pool
 from assay_services.limits import REQUEST_ID_HEADER, Gatekeeper
+from assay_services.named_models import NamedByPath
 from assay_services.problems import ProblemError
 from assay_services.replies import JSON, Reply, refusal, send_reply
 from assay_services.siblings import merged, metrics_in
@@ -54,13 +55,14 @@ class Front:
             Idempotency(FastPath(self._others, routes)), endpoint=service.traces, share=service.trace_share,
             service="assay",
         )  # fmt: skip
-        self._app = Gatekeeper(
+        self._gatekeeper = Gatekeeper(
             self._tracing,
             keys=KeyStore(config.paths.api_keys),
             metrics=self._metrics,
             max_body_bytes=service.max_body_bytes,
             max_requests_per_s=service.max_requests_per_s,
         )
+        self._app = NamedByPath(self._gatekeeper)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection."""
@@ -76,7 +78,7 @@ class Front:
             return None
         self._metrics.answered(path.decode(), "POST", FULL.status, 0.0)
         given = next((value for name, value in headers if name == REQUEST_ID_HEADER), None)
-        return b"%s%s: %s\r\n\r\n%s" % (_FULL_HEAD, REQUEST_ID_HEADER, self._app.request_id(given), FULL.body)
+        return b"%s%s: %s\r\n\r\n%s" % (_FULL_HEAD, REQUEST_ID_HEADER, self._gatekeeper.request_id(given), FULL.body)
 
     async def _lifespan(self, receive: Any, send: Any) -> None:
         await receive()

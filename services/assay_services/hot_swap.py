@@ -102,7 +102,8 @@ class Slot(Generic[Model]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """load: (model name, artifact folder) → a model that has answered once. pinned_name: else the
-        application's newest champion is chosen when there is one, and kept. busy: around what takes the interpreter.
+        application's newest champion is chosen when there is one, and kept; empty for none. busy: around what takes the
+        interpreter.
         """
         self.application = application
         self._load, self._metrics, self._busy, self._clock = load, metrics, busy, clock
@@ -163,7 +164,7 @@ class Slot(Generic[Model]):
         """Look at the aliases once; True if another version was swapped in."""
         if self._name is None:
             self._name = registry.newest_champion(self.application)
-        if self._name is None:
+        if not self._name:
             return False
         self._watch(registry)
         swapped = self._follow_champion(registry, self._name)
@@ -309,7 +310,9 @@ class Follower:
         poll_s: float,
         each_time: Callable[[], None] = lambda: None,
     ) -> None:
-        """registry: opened in the thread, since MLflow takes seconds to import. each_time: what else is looked at."""
+        """registry: opened in the thread, since MLflow takes seconds to import. slots: others may come and go.
+        each_time: what else is looked at.
+        """
         self._open, self._slots, self._poll_s, self._each_time = registry, slots, poll_s, each_time
         self._stop, self._wake = threading.Event(), threading.Event()
         self.first_look = threading.Event()
@@ -338,7 +341,7 @@ class Follower:
                 _log.exception("what other processes have written could not be read; trying again")
             try:
                 registry = registry or self._open()
-                for slot in self._slots:
+                for slot in list(self._slots):
                     slot.refresh(registry)
             except Exception:  # noqa: BLE001 - the registry may be away for a while; what is loaded keeps answering
                 _log.exception("the registry could not be read; trying again")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from assay_services.named_models import model_of
 from assay_services.problems import MEDIA_TYPE, problem_bytes
 from assay_services.schemas import Record
 from assay_services.whole_body import given_again, read_body
@@ -65,7 +66,7 @@ class Idempotency:
         if body is None:
             return
         caller = scope.get("state", {}).get("caller")
-        place = (scope["path"], "" if caller is None else caller.id, key)
+        place = (model_of(scope) + scope["path"], "" if caller is None else caller.id, key)
         digest = hashlib.sha256(body).digest()
         self._forget_old()
         kept = self._kept.get(place)

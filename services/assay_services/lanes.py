@@ -51,9 +51,9 @@ class Hello(msgspec.Struct, array_like=True):
 
 
 class Call(msgspec.Struct, array_like=True):
-    """Bodies of one shape."""
+    """Bodies of one shape: the model that they name, and what else has to be alike."""
 
-    shape: bool | None
+    shape: tuple[str, bool | None]
     bodies: list[bytes]
 
 

@@ -19,12 +19,15 @@ from assay_platform.errors import ArtifactError, DataError, InputError
 from assay_platform.models.artifact import read_json
 from assay_platform.models.recommender import Ranked, Recommender
 from assay_platform.models.sentences import encode
+from assay_platform.monitoring.alarms import Finding
+from assay_platform.monitoring.drift_reference import Reference
 from numpy.typing import NDArray
 
 from assay_services.bodies import RecommendBody
 from assay_services.new_items import SharedLines, parse_items
 from assay_services.rehearsal import Answer
 from assay_services.schemas import ModelRef, RecommendedItem, Record
+from assay_services.watch import DriftWatch
 
 # Catching up takes a twentieth of the time at most.
 _CATCH_UP_PAUSE = 20
@@ -129,10 +132,20 @@ class ItemFeatures:
 class ItemRecommender:
     """One loaded recommender version."""
 
+    # No labels: what became of a list is counted, not held against its scores.
+    label_windows = 0
+
     def __init__(
-        self, model: Recommender, schema: RecommendSchema, plan: FeaturePlan, repository: FeatureRepository
+        self,
+        model: Recommender,
+        schema: RecommendSchema,
+        plan: FeaturePlan,
+        repository: FeatureRepository,
+        *,
+        watch: DriftWatch | None = None,
     ) -> None:
-        self.schema, self.plan = schema, plan
+        """watch: what looks for drift of events."""
+        self.schema, self.plan, self.watch = schema, plan, watch
         self._model = model
         self.fences = model.fences
         self._features = ItemFeatures(plan, schema.item, model.items, repository)
@@ -158,7 +171,11 @@ class ItemRecommender:
                 encode([""])  # weights are read now and not in a request
             except InputError as error:
                 raise ArtifactError(f"{folder}: {error}") from error
-        loaded = ItemRecommender(model, schema, FeaturePlan.from_dict(companion["plan"]), repository)
+        # Artifacts of before have none.
+        known = read_json(folder, "drift") if (folder / "drift.json").is_file() else {}
+        watch = DriftWatch(Reference.from_dict(known), entities=(schema.user, schema.item)) if known else None
+        plan = FeaturePlan.from_dict(companion["plan"])
+        loaded = ItemRecommender(model, schema, plan, repository, watch=watch)
         history = model.history("", [(0, model.items[0], 1.0)])
         model.recommend(history, k=1, exclude=_NOTHING, store=loaded._features.of)
         return loaded
@@ -297,7 +314,20 @@ class ItemRecommender:
 
     def add(self, events: Events) -> PushReport:
         """Fold events into the online features."""
-        return self._features.add(events)
+        report = self._features.add(events)
+        if self.watch is not None:
+            again = set(report.duplicates)
+            new = [i for i in range(len(events)) if i not in again]
+            self.watch.add(events.take(np.array(new, dtype=np.intp)) if again else events)
+        return report
+
+    def seen(self) -> tuple[list[Finding], list[Finding]]:
+        """Findings and alarms of the newest window of events."""
+        return ([], []) if self.watch is None else (list(self.watch.seen.findings), list(self.watch.seen.alarms))
+
+    def look(self) -> bool:
+        """Look at a window if there is one; whether something is to be told."""
+        return self.watch is not None and self.watch.look()
 
 
 def _filtered(model: Recommender, context: Record) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:

@@ -5,10 +5,9 @@ from pathlib import Path
 from assay_platform.config import Config
 
 from assay_services.alias_board import board_of
-from assay_services.app import application
 from assay_services.dependencies import make_dependencies
 from assay_services.lanes import LaneWorker
-from assay_services.siblings import HandOver
+from assay_services.served import Served
 from assay_services.stepping_aside import SteppingAside
 
 
@@ -18,16 +17,15 @@ class Scorer:
     def __init__(self, config: Config, front: Path, *, fraud: str | None = None, recommend: str | None = None) -> None:
         """front: the socket that gives batches. fraud, recommend: see `make_dependencies`."""
         self._aside = SteppingAside(front.with_suffix(".reading"))
-        self._deps = deps = make_dependencies(
-            config, fraud=fraud, recommend=recommend, board=board_of(front), busy=self._aside
-        )
+        deps = make_dependencies(config, fraud=fraud, recommend=recommend, board=board_of(front), busy=self._aside)
+        self._served = Served(deps)
         self._workers = [
-            LaneWorker(lane, front, deps.siblings.socket, answer) for lane, answer in deps.by_lane().items()
+            LaneWorker(lane, front, deps.siblings.socket, answer) for lane, answer in self._served.by_lane().items()
         ]
 
     def start(self) -> None:
         """Read the models, then take batches."""
-        self._deps.start(HandOver(application(self._deps), siblings=self._deps.siblings))
+        self._served.start()
         for worker in self._workers:
             worker.start()
         self._aside.workers.extend(self._workers)
@@ -36,4 +34,4 @@ class Scorer:
         """Answer what is being answered, then write what is in memory."""
         for worker in self._workers:
             worker.stop()
-        self._deps.stop()
+        self._served.stop()

@@ -27,11 +27,12 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from assay_services.inner import InnerClient, Trusting
+from assay_services.named_models import NamedByPath
 from assay_services.problems import ProblemError
 from assay_services.replies import Reply, refusal, send_reply
 from assay_services.whole_body import given_again, read_body
 
-_WRITES = ("/v1/events", "/v1/labels", "/v1/admin/erase")
+_WRITERS = {"POST": ("/v1/events", "/v1/labels", "/v1/admin/erase"), "GET": ("/v1/drift",)}
 _TRY_LOCK_S, _PATIENCE_S, _PAUSE_S = 0.2, 5.0, 0.05
 _OWN = "/metrics?own"
 _log = logging.getLogger("assay.service")
@@ -89,7 +90,7 @@ class Siblings:
         """Listen to the others. app: without keys and limits."""
         self.socket.unlink(missing_ok=True)
         config = uvicorn.Config(
-            Trusting(app), uds=str(self.socket), lifespan="off", log_level="warning", access_log=False
+            NamedByPath(Trusting(app)), uds=str(self.socket), lifespan="off", log_level="warning", access_log=False
         )
         self._server = uvicorn.Server(config)
         # In a thread of its own: uvicorn leaves signals alone there.
@@ -156,15 +157,15 @@ def metrics_in(folder: Path, *, but: Path | None = None) -> dict[str, list[Metri
 
 
 class HandOver:
-    """ASGI middleware: what writes is answered by the process that writes."""
+    """ASGI middleware: what writes is answered by the process that writes, and what it alone has seen all of."""
 
     def __init__(self, app: Any, *, siblings: Siblings) -> None:
         self._app, self._siblings, self._client = app, siblings, InnerClient()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection."""
-        writes = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in _WRITES
-        if not writes or self._siblings.is_writer():
+        is_its = scope["type"] == "http" and scope["path"] in _WRITERS.get(scope["method"], ())
+        if not is_its or self._siblings.is_writer():
             await self._app(scope, receive, send)
             return
         body = await read_body(receive)

@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from assay_platform.monitoring.skew import heavy_keys
 from numpy.typing import NDArray
 
 SCORE = "score"
+_Part = tuple[Events, Mapping[str, NDArray[np.float64]]]
 # Looking shares the interpreter with scoring: a two-hundredth of the time, so that no percentile sees it.
 _PAUSE = 200
 # Windows that wait to be looked at; where requests come faster, the oldest are forgotten.
@@ -104,7 +105,7 @@ class DriftWatch:
         self._entities = tuple(entities)
         self._not_before = 0.0
         self._lock = threading.Lock()
-        self._parts: deque[tuple[Events, NDArray[np.float64]]] = deque()
+        self._parts: deque[_Part] = deque()
         self._num_rows = 0
         self.seen = Seen()
 
@@ -113,10 +114,10 @@ class DriftWatch:
         """Events that are looked at together."""
         return self._reference.window_rows
 
-    def add(self, events: Events, probability: NDArray[np.float64]) -> None:
-        """Events that were scored, in the order in which they came."""
+    def add(self, events: Events, others: Mapping[str, NDArray[np.float64]] | None = None) -> None:
+        """Events in the order in which they came. others: columns that they do not bring along, such as scores."""
         with self._lock:
-            self._parts.append((events, probability))
+            self._parts.append((events, others or {}))
             self._num_rows += len(events)
             while self._num_rows - len(self._parts[0][0]) >= _MOST_WINDOWS * self.window_rows:
                 self._num_rows -= len(self._parts.popleft()[0])
@@ -139,12 +140,11 @@ class DriftWatch:
         self._not_before = now + _PAUSE * (now - began)
         return True
 
-    def _column(self, name: str, parts: list[tuple[Events, NDArray[np.float64]]]) -> NDArray[Any]:
-        if name == SCORE:
-            return np.concatenate([probability for _, probability in parts])
+    def _column(self, name: str, parts: list[_Part]) -> NDArray[Any]:
         return np.concatenate(
-            [events.keys[name] if name in events.keys else events.numbers[name] for events, _ in parts]
-        )
+            [others[name] if name in others else events.keys.get(name, events.numbers.get(name))
+             for events, others in parts]
+        )  # fmt: skip
 
 
 def _heavy(name: str, values: Sequence[str | None]) -> list[Finding]:

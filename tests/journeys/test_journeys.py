@@ -24,6 +24,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 import torch
 from assay_features.feast.repository import FeatureRepository
 from assay_features.schema import read_schema
@@ -209,8 +210,9 @@ def serving(
                 try:
                     if len(client.get("/v1/models").json()["models"]) == models:
                         break
-                except httpx.HTTPError:
-                    time.sleep(0.3)
+                except (httpx.HTTPError, ValueError):
+                    pass  # it is being started; Ray Serve says so in words
+                time.sleep(0.1)
             yield client, process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -611,7 +613,43 @@ def test_events_that_are_unlike_those_of_training_raise_an_alarm_that_names_the_
     assert "amount" not in {one["column"] for one in first["alarms"]}
     [alarm] = [one for one in second["alarms"] if one["column"] == "amount"]
     assert alarm["text"].startswith("amount: ")
-    assert 'assay_fraud_drift_alarm{column="amount"' in service.get("/metrics").text
+    alarms = re.findall(r"assay_drift_alarm\{(.*)\}", service.get("/metrics").text)
+    assert any('column="amount"' in one and 'model="fraud-own"' in one for one in alarms)
+
+
+def test_interactions_that_are_unlike_those_of_training_raise_an_alarm_too(
+    service: httpx.Client, files: dict[str, tuple[Path, Path]]
+) -> None:
+    table = pd.read_csv(files["recommend"][0])
+
+    def told() -> dict[str, Any]:
+        body: dict[str, Any] = service.get("/v1/drift", params={"application": "recommend"}).json()
+        return body
+
+    def look(again: int, item: str) -> dict[str, Any]:
+        """Users who were not there take what was taken, under other ids if so wanted."""
+        windows = told()["windows"]
+        newest = table.tail(told()["window_rows"])
+        events = [
+            {**row, "user_id": f"{row['user_id']}-{again}", "item_id": item + row["item_id"], "timestamp": time.time()}
+            for row in newest.to_dict("records")
+        ]
+        for start in range(0, len(events), 500):
+            sent = {"events": events[start : start + 500], "application": "recommend"}
+            service.post("/v1/events", json=sent).raise_for_status()
+        deadline = time.monotonic() + 20
+        while told()["windows"] == windows:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return told()
+
+    assert told()["model"]["name"] == "recommend-own"
+    look(0, "")
+    assert "item_id" not in {one["column"] for one in look(1, "")["findings"]}
+    first, second = look(2, "sku-"), look(3, "sku-")
+    assert "item_id" in {one["column"] for one in first["findings"]}
+    assert "item_id" in {one["column"] for one in second["alarms"]}
+    assert first["label_windows"] == 0
 
 
 def test_events_sent_again_with_their_idempotency_key_count_once(
@@ -908,6 +946,116 @@ def same_again(config: Config, name: str) -> int:
     first = client.get_model_version(name, str(open_registry(config).version_of(name)))
     made = client.create_model_version(name, first.source, first.run_id, tags=first.tags, model_id=first.model_id)
     return int(made.version)
+
+
+def copied(config: Config, name: str, copy: str, kind: str) -> None:
+    """A model of another name with the same champion."""
+    client = open_client(config.tracking_uri)
+    first = client.get_model_version(name, str(open_registry(config).version_of(name)))
+    client.create_registered_model(copy, tags={"assay.application": kind})
+    client.create_model_version(copy, first.source, first.run_id, tags=first.tags, model_id=first.model_id)
+    open_registry(config).promote(copy, 1, reason="a copy")
+
+
+def test_requests_name_other_models_by_their_path_and_each_keeps_to_itself(
+    home: Config,
+    files: dict[str, tuple[Path, Path]],
+    fraud_report: RunReport,
+    recommend_report: RunReport,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(home.paths.home, tmp_path / "home")
+    config = Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
+    for name, copy, kind in (
+        ("fraud-own", "cards", "fraud"), ("fraud-own", "claims", "fraud"), ("recommend-own", "shop", "recommend"),
+    ):  # fmt: skip
+        copied(config, name, copy, kind)
+    settings = tmp_path / "assay.toml"
+    settings.write_text("[service]\nmax_models = 2\nworkers = 2\npoll_registry_s = 0.2\n")
+    options = ("--fraud", "fraud-own", "--recommend", "recommend-own")
+    with serving(config.paths.home, *options, ASSAY_CONFIG=str(settings)) as (client, _):
+
+        def scored(prefix: str, **changes: Any) -> dict[str, Any]:
+            body = {"events": [payment(files, **changes)], "explain": True}
+            answer = client.post(f"{prefix}/v1/fraud/score", json=body)
+            assert answer.status_code == 200, answer.text
+            return dict(answer.json())
+
+        with ThreadPoolExecutor(8) as pool:  # all of them wait for the same reading, in both processes
+            at_once = list(pool.map(lambda i: scored("/models/cards", transaction_id=f"c{i}"), range(8)))
+        assert {str(one["model"]) for one in at_once} == {str({"name": "cards", "version": 1})}
+        [score] = at_once[0]["scores"]
+        logit = score["base"] + sum(reason["contribution"] for reason in score["reasons"])
+        assert 1 / (1 + np.exp(-logit)) == pytest.approx(score["score"], abs=1e-6)
+        assert scored("")["model"]["name"] == scored("/models/fraud-own")["model"]["name"] == "fraud-own"
+
+        # What one model is told, the others do not know.
+        event = payment(files, transaction_id="for cards alone")
+        sent = client.post("/models/cards/v1/events", json={"events": [event]})
+        assert (sent.status_code, sent.json()["accepted"]) == (202, {"fraud": 1})
+        again = {"events": [event], "application": "fraud"}
+        assert client.post("/models/cards/v1/events", json=again).json()["duplicates"] == {"fraud": [0]}
+        assert client.post("/v1/events", json=again).json()["accepted"] == {"fraud": 1}
+        deadline = time.monotonic() + 10  # until the process that decided has written it
+        while (kept := client.get("/models/cards/v1/fraud/decisions/c0")).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert kept.json()["decision"]["model"]["name"] == "cards"
+        assert client.get("/v1/fraud/decisions/c0").status_code == 404
+
+        # A third one takes the place of the least used; the one that went comes back when it is asked for.
+        listed = client.post("/models/shop/v1/recommend", json={"user_id": "u1", "k": 3})
+        assert (listed.json()["model"]["name"], len(listed.json()["items"])) == ("shop", 3)
+        wrong = client.post("/models/shop/v1/fraud/score", json={"events": [event]})
+        assert (wrong.status_code, "recommend" in wrong.json()["detail"]) == (404, True)
+        assert scored("/models/claims")["model"]["name"] == "claims"
+        assert scored("/models/cards")["model"]["name"] == "cards"
+        for _ in range(4):  # both processes
+            assert len(client.get("/v1/models").json()["models"]) <= 4
+
+        # Versions are followed, also of those.
+        version = same_again(config, "cards")
+        open_registry(config).promote("cards", version, reason="newer")
+        deadline = time.monotonic() + 30
+        while scored("/models/cards")["model"]["version"] != version:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        nobody = client.post("/models/nobody/v1/fraud/score", json={"events": [event]})
+        assert (nobody.status_code, "nobody" in nobody.json()["detail"]) == (404, True)
+
+
+def test_behind_ray_serve_models_share_replicas_or_have_their_own(
+    home: Config, files: dict[str, tuple[Path, Path]], fraud_report: RunReport, ray_session: str, tmp_path: Path
+) -> None:
+    shutil.copytree(home.paths.home, tmp_path / "home")
+    config = Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
+    for copy in ("cards", "claims", "transfers"):
+        copied(config, "fraud-own", copy, "fraud")
+    settings = tmp_path / "assay.toml"
+    settings.write_text('[service]\nmax_models = 1\n[scaling]\nmax_replicas = 1\nown_replicas = ["claims"]\n')
+    options = ("--ray", "--fraud", "fraud-own", "--recommend", "nothing")
+    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with serving(config.paths.home, *options, models=1, ASSAY_CONFIG=str(settings), **cluster) as (client, _):
+
+        def names(prefix: str) -> list[str]:
+            return [one["name"] for one in client.get(f"{prefix}/v1/models").json()["models"]]
+
+        def answers(prefix: str, **headers: str) -> str:
+            body = {"events": [payment(files)]}
+            answer = client.post(f"{prefix}/v1/fraud/score", json=body, headers=headers)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["model"]["name"])
+
+        deadline = time.monotonic() + 60
+        while client.get("/models/claims/readyz").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert names("/models/claims") == [answers("/models/claims")] == ["claims"]
+        assert answers("") == "fraud-own"
+        for name in ("cards", "transfers", "cards"):
+            assert answers(f"/models/{name}", serve_multiplexed_model_id=name) == name
+            assert names("") == ["fraud-own", name], "one at a time, and not that of replicas of its own"
+        assert client.post("/models/nobody/v1/fraud/score", json={"events": [{}]}).status_code == 404
 
 
 def test_without_its_registry_a_service_goes_on_and_a_poisoned_version_changes_nothing(

@@ -10,22 +10,22 @@ from assay_features.events import Events
 from assay_platform.monitoring.calibration import Calibration
 from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
 from assay_platform.storage import write_json
-from assay_services.watch import CalibrationWatch, DriftWatch, SkewWatch
+from assay_services.watch import SCORE, CalibrationWatch, DriftWatch, SkewWatch
 
 WINDOW = 200
 
 
-def scored(rng: np.random.Generator, num: int, factor: float = 1.0) -> tuple[Events, np.ndarray]:
+def scored(rng: np.random.Generator, num: int, factor: float = 1.0) -> tuple[Events, dict[str, np.ndarray]]:
     """Events with an amount, a card and a score."""
     card = np.empty(num, dtype=object)
     card[:] = [f"c{c}" for c in rng.integers(0, 20, num)]
     events = Events(np.arange(num), {"card": card}, {"amount": rng.normal(50, 5, num) * factor})
-    return events, rng.beta(1, 20, num)
+    return events, {SCORE: rng.beta(1, 20, num)}
 
 
 def watch(clock: Callable[[], float] = lambda: 0.0) -> DriftWatch:
-    events, score = scored(np.random.default_rng(0), 30 * WINDOW)
-    columns = {"amount": events.numbers["amount"], "card": events.keys["card"], "score": score}
+    events, others = scored(np.random.default_rng(0), 30 * WINDOW)
+    columns = {"amount": events.numbers["amount"], "card": events.keys["card"], **others}
     return DriftWatch(Reference.of(columns, ReferenceConfig(window_rows=WINDOW)), clock=clock)
 
 
@@ -54,19 +54,17 @@ def test_a_key_that_has_an_eighth_of_all_events_is_named_and_columns_with_few_va
     rng = np.random.default_rng(5)
     window = 2000
 
-    def events(share: float) -> tuple[Events, np.ndarray]:
+    def events(share: float) -> Events:
         card, kind = np.empty(window, dtype=object), np.empty(window, dtype=object)
         card[:] = ["busy" if rng.random() < share else f"c{i}" for i in rng.integers(0, 5000, window)]
         kind[:] = [f"k{i}" for i in rng.integers(0, 3, window)]
-        return Events(np.arange(window), {"card": card, "kind": kind}, {"amount": rng.normal(50, 5, window)}), rng.beta(
-            1, 20, window
-        )
+        return Events(np.arange(window), {"card": card, "kind": kind}, {"amount": rng.normal(50, 5, window)})
 
     amounts = {"amount": rng.normal(50, 5, 30 * window)}
     reference = Reference.of(amounts, ReferenceConfig(window_rows=window))
     seen = DriftWatch(reference, entities=("card", "kind"), clock=lambda: 0.0)
     for share, named in ((0.02, []), (0.2, ["busy"]), (0.2, ["busy"])):
-        seen.add(*events(share))
+        seen.add(events(share))
         assert seen.look()
         assert [one.value for one in seen.seen.findings if one.kind == "partition"] == named
     assert [(one.column, one.value) for one in seen.seen.alarms] == [("card", "busy")]

@@ -17,7 +17,6 @@ from assay_platform.models.artifact import read_json
 from assay_platform.models.encoding import TabularEncoder
 from assay_platform.models.fraud import FraudModel
 from assay_platform.monitoring.calibration import Calibration
-from assay_platform.monitoring.drift_reference import Reference, ReferenceConfig
 from assay_platform.tuning.search import SearchResult
 
 from assay_pipelines.console import Reporter
@@ -39,6 +38,7 @@ from assay_pipelines.fraud.train import (
 )
 from assay_pipelines.gate import check_candidate
 from assay_pipelines.options import RunOptions, RunReport
+from assay_pipelines.references import MOST_REFERENCE_ROWS, drift_reference
 from assay_pipelines.tracking import (
     champion_metric,
     log_routing,
@@ -50,11 +50,8 @@ from assay_pipelines.tracking import (
 
 _SEARCH_EPOCHS = 3
 _METRIC = "average_precision"
-# Of the reference for drift: rows of a window at most and at least, windows that are wanted (`g_test` knows how rows
-# hang together from 20 halves on) and needed, rows at most.
-# Of the reference for labels the same: labels of a window at most and at least, and windows that are wanted.
+# Of the reference for labels: labels of a window at most and at least, and windows that are wanted.
 _LABEL_ROWS, _FEWEST_LABEL_ROWS, _LABEL_WINDOWS = 5000, 100, 4
-_WINDOW_ROWS, _FEWEST_WINDOW_ROWS, _WINDOWS, _FEWEST_WINDOWS, _MOST_REFERENCE_ROWS = 2000, 100, 10, 4, 200_000
 
 
 def tune_fraud(options: RunOptions, reporter: Reporter) -> SearchResult:
@@ -216,19 +213,16 @@ def validation_ap(folder: Path, repository: Path, prepared: Prepared, already_le
     return average_precision(prepared.labels[prepared.validation], model.logits(model.encode(held)))
 
 
-def drift_reference(prepared: Prepared, model: FraudModel, learned_until_us: int) -> dict[str, Any]:
+def scored_reference(prepared: Prepared, model: FraudModel, learned_until_us: int) -> dict[str, Any]:
     """What requests are compared with while the model serves: events that it has not learned from, their columns as
     they come and their scores. Empty where they are too few for windows.
     """
-    rows = np.flatnonzero(prepared.events.time_us > learned_until_us)[-_MOST_REFERENCE_ROWS:]
-    window_rows = min(_WINDOW_ROWS, max(_FEWEST_WINDOW_ROWS, len(rows) // _WINDOWS))
-    if len(rows) < _FEWEST_WINDOWS * window_rows:
-        return {}
+    rows = np.flatnonzero(prepared.events.time_us > learned_until_us)[-MOST_REFERENCE_ROWS:]
     events, schema = prepared.events.take(as_slice(rows)), prepared.schema
     columns: dict[str, Any] = {name: events.numbers[name] for name in schema.numeric}
     columns |= {name: events.keys[name] for name in dict.fromkeys((*schema.categorical, *schema.entities))}
     columns["score"] = model.score(prepared.rows.rows.rows(as_slice(rows))).probability
-    return Reference.of(columns, ReferenceConfig(window_rows=window_rows)).to_dict()
+    return drift_reference(columns)
 
 
 def calibration_reference(prepared: Prepared, model: FraudModel, learned_until_us: int) -> dict[str, Any]:
@@ -267,7 +261,7 @@ def companions_of(
         "features": features,
         "rules": rules_to_dict(options.rules),
         "choices": possible_choices(prepared).to_dict(),
-        "drift": drift_reference(prepared, model, learned_until_us),
+        "drift": scored_reference(prepared, model, learned_until_us),
         "calibration": calibration_reference(prepared, model, learned_until_us),
         "training": dict(training),
     }

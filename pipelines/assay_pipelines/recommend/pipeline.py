@@ -49,6 +49,7 @@ from assay_pipelines.recommend.train import (
 )
 from assay_pipelines.recommend.train_graph import DEFAULTS, SPACE, EncoderData, objective
 from assay_pipelines.recommend.train_sequence import SequenceTraining
+from assay_pipelines.references import MOST_REFERENCE_ROWS, drift_reference
 from assay_pipelines.tracking import (
     champion_metric,
     log_routing,
@@ -410,7 +411,8 @@ def run_recommend(options: RunOptions, reporter: Reporter) -> RunReport:
                 "schema": schema_to_dict(prepared.schema),
                 "plan": prepared.plan.to_dict(),
                 "repository": options.model_name,
-            }
+            },
+            "drift": events_reference(prepared.schema, prepared.all_events),
         }
         number, alias = register_version(
             options,
@@ -449,6 +451,16 @@ class Chosen(NamedTuple):
     store_IF: Floats
     holdouts: list[Holdout]
     earliest: Earliest
+
+
+def events_reference(schema: RecommendSchema, events: Events) -> dict[str, Any]:
+    """What the newest interactions look like, which those that come while the model serves are compared with. Users are
+    left out: new ones are no drift.
+    """
+    newest = events.take(slice(-MOST_REFERENCE_ROWS, None))
+    columns: dict[str, Any] = {name: newest.keys[name] for name in schema.keys if name != schema.user}
+    columns |= {name: newest.numbers[name] for name in schema.numbers}
+    return drift_reference(columns)
 
 
 def choose_recipe(prepared: Prepared, graph: Mapping[str, Any], reporter: Reporter, *, seed: int) -> Chosen:

@@ -91,12 +91,13 @@ class ServiceMetrics:
             "assay_recommendations_total", "Recommendation lists", ("cold_start",), registry=self.registry
         )
         self._drift_windows = CounterMetric(
-            "assay_fraud_drift_windows_total",
+            "assay_drift_windows_total",
             "Windows of events and of labels that were looked at",
+            ("model",),
             registry=self.registry,
         )
         self._drift_findings, self._drift_alarms = (
-            Gauge(f"assay_fraud_drift_{name}", text, ("column", "kind"), registry=self.registry)
+            Gauge(f"assay_drift_{name}", text, ("model", "column", "kind"), registry=self.registry)
             for name, text in (
                 ("found", "Share of the newest window that is not as in training"),
                 ("alarm", "Share of it, where the window before had it too"),
@@ -147,13 +148,20 @@ class ServiceMetrics:
         self.recommendations.labels(str(cold_start).lower()).inc()
         self._shown_items.set(coverage)
 
-    def drifted(self, findings: Sequence[Finding], alarms: Sequence[Finding]) -> None:
-        """One more window of events or of labels was looked at."""
-        self._drift_windows.inc()
+    def drifted(self, model: str, findings: Sequence[Finding], alarms: Sequence[Finding]) -> None:
+        """One more window of a model's events or labels was looked at."""
+        self._drift_windows.labels(model).inc()
+        self._show_drift(model, findings, alarms)
+
+    def forget_drift(self, model: str) -> None:
+        """Of a model that is not in memory any more."""
+        self._show_drift(model, (), ())
+
+    def _show_drift(self, model: str, findings: Sequence[Finding], alarms: Sequence[Finding]) -> None:
         for gauge, found in ((self._drift_findings, findings), (self._drift_alarms, alarms)):
-            gauge.clear()
+            gauge.remove_by_labels({"model": model})
             for one in found:
-                gauge.labels(one.column, one.kind).set(one.moved)
+                gauge.labels(model, one.column, one.kind).set(one.moved)
 
     def on_batch(self, application: str) -> Callable[[int, int, float], None]:
         """What counts calls of a model: how many requests and rows each answered, and how long it took."""

@@ -224,15 +224,31 @@ function change(one, what) {
 
 // ---------------------------------------------------------------- drift and decisions
 
-function drift(found) {
+const APPLICATIONS = ["fraud", "recommend"];
+
+function driftOf(found) {
   const alarms = new Set(found.alarms.map((one) => one.text));
-  $("drift-text").textContent = found.windows === 0
-    ? `No window of ${found.window_rows} events has been looked at yet.`
-    : `${found.windows} windows of ${found.window_rows} events looked at, ${found.label_windows} of labels; `
+  const labels = found.label_windows ? `, ${found.label_windows} of labels` : "";
+  const text = found.windows === 0
+    ? `no window of ${found.window_rows} events has been looked at yet.`
+    : `${found.windows} windows of ${found.window_rows} events looked at${labels}; `
       + (found.findings.length ? "the newest has:" : "the newest is as in training.");
-  $("drift").replaceChildren(...found.findings.map((one) =>
-    el("li", {}, el("span", { class: `badge ${alarms.has(one.text) ? "alarm" : "review"}` },
-      alarms.has(one.text) ? "alarm" : "finding"), one.text, el("span", { class: "muted" }, ` (${one.kind})`))));
+  return [
+    el("p", { class: "muted" }, `${found.model.name}: ${text}`),
+    el("ul", { class: "plain" }, ...found.findings.map((one) =>
+      el("li", {}, el("span", { class: `badge ${alarms.has(one.text) ? "alarm" : "review"}` },
+        alarms.has(one.text) ? "alarm" : "finding"), one.text, el("span", { class: "muted" }, ` (${one.kind})`)))),
+  ];
+}
+
+async function drift() {
+  const parts = await Promise.all(APPLICATIONS.map((application) =>
+    ask(`/v1/drift?application=${application}`).then(driftOf, (error) => {
+      if (![404, 503].includes(error.status)) throw error;
+      return error.status === 404 ? [el("p", { class: "muted" }, error.message)] : [];
+    })));
+  const shown = parts.flat();
+  $("drift").replaceChildren(...(shown.length ? shown : [el("p", { class: "muted" }, "No model is loaded.")]));
 }
 
 function reasons(list) {
@@ -311,7 +327,7 @@ async function slow() {
   await Promise.all([
     quietly(ask("/v1/registry"), versions),
     quietly(ask("/v1/audit?last=30"), audit),
-    ask("/v1/drift").then(drift, (error) => { $("drift-text").textContent = error.message; }),
+    drift(),
   ]);
 }
 

@@ -19,6 +19,7 @@ from assay_services.gateway.outbox import Outbox
 from assay_services.limits import Gatekeeper
 from assay_services.listening import bind, refuse_to_be_open
 from assay_services.logs import log_to_stderr
+from assay_services.named_models import NamedByPath
 from assay_services.tracing import Tracing
 
 
@@ -58,10 +59,11 @@ def run(config: Config) -> None:
         key=os.environ.get("ASSAY_GATEWAY_KEY", ""),
     )  # fmt: skip
     tracing = Tracing(gateway, endpoint=service.traces, share=service.trace_share, service="assay-gateway")
-    app = Gatekeeper(
+    gatekeeper = Gatekeeper(
         tracing, keys=keys, metrics=metrics, max_body_bytes=service.max_body_bytes,
         max_requests_per_s=service.max_requests_per_s,
     )  # fmt: skip
+    app = NamedByPath(gatekeeper)
     scheme = "https" if service.tls_certificate else "http"
     sys.stdout.write(
         f"Gateway on {scheme}://{settings.host}:{listener.getsockname()[1]} in front of {', '.join(settings.regions)}"

@@ -29,6 +29,7 @@ from assay_services.gateway.choice import Choice, Region
 from assay_services.gateway.metrics import RegionMetrics
 from assay_services.gateway.outbox import Outbox, Write
 from assay_services.gateway.remote import GoneError, Remote
+from assay_services.named_models import model_of
 from assay_services.problems import ProblemError
 from assay_services.replies import JSON, Reply, refusal, send_reply
 from assay_services.tracing import Trace
@@ -42,6 +43,8 @@ _SOUGHT = "/v1/fraud/decisions/"
 _OWN, _ADMIN = "/v1/gateway", "/v1/admin/gateway/"
 _SESSION, _KEY, _TIMEOUT, _REQUEST_ID = b"x-assay-session", b"idempotency-key", b"x-timeout-ms", b"x-request-id"
 _TRACE = (b"traceparent", b"tracestate")
+# By which Ray Serve finds a replica that has the model.
+_MODEL = b"serve_multiplexed_model_id"
 _MAX_SESSIONS = 100_000
 # Writes that a region is told of at once; more than that waits until it has answered.
 _AT_ONCE = 64
@@ -151,7 +154,7 @@ class Gateway:
                 refused = refused or reply
                 continue
             if writes and reply.status < 300:
-                self._keep(path, headers, body, region.name, session)
+                self._keep(raw, headers, body, region.name, session)
             told = [(b"x-assay-region", region.name.encode())]
             if bound not in (None, region.name):
                 # The region that took what the caller has written is gone.
@@ -345,6 +348,8 @@ def _headers_of(scope: dict[str, Any], *, named: bool) -> list[tuple[bytes, byte
     trace: Trace | None = scope["state"].get("trace")
     replaced = (_REQUEST_ID, *(_TRACE if trace is not None else ()))
     headers = [(name.lower(), value) for name, value in scope["headers"] if name.lower() not in replaced]
+    if (model := model_of(scope)) and not any(name == _MODEL for name, _ in headers):
+        headers.append((_MODEL, model.encode()))
     if named and not any(name == _KEY for name, _ in headers):
         headers.append((_KEY, uuid.uuid4().hex.encode()))
     headers.append((_REQUEST_ID, scope["state"]["request_id"].encode()))

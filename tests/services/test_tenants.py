@@ -1,0 +1,140 @@
+"""Models that requests name by their path: read when first asked for, a few in memory, nobody waits for another's."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from assay_platform.config import Config
+from assay_services.alone import create_app
+from assay_services.auth import SCOPES, KeyStore
+from assay_services.dependencies import make_dependencies
+from assay_services.named_models import NamedByPath, model_of, named_in
+from assay_services.problems import ProblemError
+from assay_services.tenants import Tenant, Tenants
+from fastapi.testclient import TestClient
+
+
+class Shelf:
+    """Models that take as long to read as a test wants."""
+
+    def __init__(self, most: int = 2) -> None:
+        self.go, self.read, self.gone = threading.Event(), [], []  # type: ignore[var-annotated]
+        self.go.set()
+        self.now = 0.0
+        self.tenants = Tenants(self._read, lambda one: self.gone.append(one.app), most=most, clock=lambda: self.now)
+
+    def _read(self, name: str) -> Tenant:
+        self.go.wait(10)
+        self.read.append(name)
+        if name == "nobody":
+            raise ProblemError(404, "no such model")
+        if name == "broken":
+            raise ValueError("a bug")
+        made: Any = Tenant(None, None, name)  # type: ignore[arg-type]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "rest"),
+    [
+        ("/models/cards/v1/fraud/score", "cards", "/v1/fraud/score"),
+        ("/models/two words/v1/models", "two words", "/v1/models"),
+        ("/models/cards/", "cards", "/"),
+        ("/models/cards", "", "/models/cards"),
+        ("/models//v1/models", "", "/models//v1/models"),
+        ("/v1/models", "", "/v1/models"),
+        ("/v1/admin/models/cards/promote", "", "/v1/admin/models/cards/promote"),
+    ],
+)
+def test_a_path_names_a_model_or_none(path: str, name: str, rest: str) -> None:
+    assert named_in(path) == (name, rest)
+
+
+def test_whoever_asks_first_waits_and_the_least_used_one_goes() -> None:
+    shelf = Shelf()
+    shelf.go.clear()
+    assert shelf.tenants.get("a") is None
+    assert shelf.tenants.get("a") is None
+    shelf.go.set()
+    assert shelf.tenants.wait_for("a").app == "a"
+    assert shelf.tenants.wait_for("b").app == "b"
+    assert shelf.tenants.get("a") is not None
+    assert shelf.tenants.wait_for("c").app == "c"
+    assert (shelf.read, shelf.gone) == (["a", "b", "c"], ["b"])
+    assert {one.app for one in shelf.tenants.here()} == {"a", "c"}
+    shelf.tenants.let_go("a")
+    shelf.tenants.let_go("a")
+    assert shelf.gone == ["b", "a"]
+
+
+def test_what_cannot_be_had_is_said_and_looked_for_again_after_a_while() -> None:
+    shelf = Shelf()
+    for _ in range(3):
+        with pytest.raises(ProblemError, match="no such model") as found:
+            shelf.tenants.wait_for("nobody")
+        assert found.value.status == 404
+    with pytest.raises(ProblemError, match="could not be read"):
+        shelf.tenants.wait_for("broken")
+    assert shelf.read == ["nobody", "broken"]
+    shelf.now = 6.0
+    with pytest.raises(ProblemError):
+        shelf.tenants.wait_for("nobody")
+    assert shelf.read == ["nobody", "broken", "nobody"]
+
+
+def test_a_flood_of_names_is_refused_and_an_end_wakes_who_waits() -> None:
+    shelf = Shelf()
+    shelf.go.clear()
+    for i in range(16):
+        assert shelf.tenants.get(f"m{i}") is None
+    with pytest.raises(ProblemError, match="too many models"):
+        shelf.tenants.get("one more")
+    said: list[int] = []
+
+    def waits() -> None:
+        try:
+            shelf.tenants.wait_for("m3")
+        except ProblemError as error:
+            said.append(error.status)
+
+    thread = threading.Thread(target=waits)
+    thread.start()
+    time.sleep(0.05)
+    shelf.tenants.close()
+    thread.join(10)
+    assert said == [503]
+    shelf.go.set()
+
+
+def test_keys_are_asked_for_the_path_behind_the_name(config: Config) -> None:
+    keys = KeyStore(config.paths.api_keys)
+    reads = {"X-API-Key": keys.create("reader", scopes=("read",))}
+    allowed = {"X-API-Key": keys.create("operator", scopes=SCOPES)}
+    client = TestClient(create_app(make_dependencies(config)), raise_server_exceptions=False)
+    body = {"column": "id", "value": "x", "reason": "asked to"}
+    for path in ("/v1/admin/erase", "/models/cards/v1/admin/erase"):
+        assert client.post(path, json=body).status_code == 401
+        assert client.post(path, json=body, headers=reads).status_code == 403
+    answer = client.post("/models/cards/v1/admin/erase", json=body, headers=allowed)
+    assert answer.status_code == 404
+    assert "'cards'" in answer.json()["detail"]
+    score = client.post("/models/cards/v1/fraud/score", json={"events": [{}]}, headers=allowed)
+    assert (score.status_code, score.headers["content-type"]) == (404, "application/problem+json")
+
+
+def test_callers_cannot_name_a_model_but_by_the_path() -> None:
+    seen: list[tuple[str, str, bytes]] = []
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        seen.append((model_of(scope), scope["path"], scope.get("raw_path", b"")))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    client = TestClient(NamedByPath(app))
+    client.get("/models/two%20words/v1/models", headers={"model": "x"})
+    client.get("/v1/models", headers={"serve_multiplexed_model_id": "x"})
+    assert seen == [
+        ("two words", "/v1/models", b"/models/two%20words/v1/models"),
+        ("", "/v1/models", b"/v1/models"),
+    ]
