@@ -79,6 +79,8 @@ class StateLayout:
         self._buffers: dict[int, dict[int, int]] = {}  # capacity → input → place
         rows = [self._add(feature) for feature in features]
         self.program, self.size = self._program(rows)
+        # Two layouts for which this is equal read states alike, whatever the columns are that they came from.
+        self.reads = tuple((table.shape, table.tobytes()) for table in self.program)
         self._where = tuple(dict.fromkeys(i.where for i in self._inputs if i.where is not None))
 
     # ------------------------------------------------------------------ layout

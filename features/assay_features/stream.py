@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -97,6 +97,8 @@ class _EntityStore:
         width = 8 * self.layout.size
         frame = self.view.pack({_STATE: bytes(width)}, 0)
         self._frame = (frame[:8], frame[16 : self._state_place], frame[self._state_place + width :])
+        # Of entities of one kind, records are read alike. A sequence is read on its own.
+        self.kind: Hashable = entity if self.sequence is not None else (self._state_place, self.layout.reads)
 
     def record_keys(self, keys: Sequence[str]) -> list[bytes]:
         return list(map(self._record_key, keys))
@@ -154,6 +156,11 @@ class EventStream:
         self._store, self._settings, self._clock = store, settings, clock
         self._log_folder, self._may_write = log_folder, may_write
         self._entities = {entity: _EntityStore(project, plan, entity) for entity in plan.entities}
+        # States of those that are read alike are read in one call, which costs as much as many states.
+        kinds: dict[Hashable, list[Entity]] = {}
+        for entity, held in self._entities.items():
+            kinds.setdefault(held.kind, []).append(entity)
+        self._alike = list(kinds.values())
         self._meta_key = f"\0stream\0{project}\0{plan.version}".encode()
         self._ids_key = f"\0ids\0{project}\0{plan.version}".encode()
         self._columns = _Columns(plan)
@@ -189,20 +196,29 @@ class EventStream:
         records = self._store.get_many(asked)
         out: dict[str, Floats] = {}
         sequences: dict[Entity, list[RecentValues]] = {}
-        for entity, values in keys.items():
-            held, place = self._entities[entity], places[entity]
-            asked_of = [(i, place[value]) for i, value in enumerate(values) if value is not None]
-            features = np.full((len(values), len(held.layout.names)), np.nan)
-            found = [RecentValues()] * len(values)
-            if asked_of:
-                rows = [i for i, _ in asked_of]
-                states, recent = held.unpack([records[at] for _, at in asked_of])
-                features[rows] = held.layout.apply(states, moments[rows])
-                for i, one in zip(rows, recent, strict=False):
-                    found[i] = one
-            out.update(zip(held.layout.names, features.T, strict=True))
+        for kind in self._alike:
+            entities = [entity for entity in kind if entity in keys]
+            if not entities:
+                continue
+            held = self._entities[entities[0]]
+            rows_of = [[i for i, value in enumerate(keys[entity]) if value is not None] for entity in entities]
+            found = [
+                records[places[entity][keys[entity][i]]]  # type: ignore[index]  # those without a key are left out
+                for entity, rows in zip(entities, rows_of, strict=True) for i in rows
+            ]  # fmt: skip
+            states, recent = held.unpack(found)
+            features = held.layout.apply(states, moments[[i for rows in rows_of for i in rows]])
+            start = 0
+            for entity, rows in zip(entities, rows_of, strict=True):
+                of_rows = features[start : start + len(rows)]
+                if len(rows) < len(moments):
+                    of_rows = np.full((len(moments), features.shape[1]), np.nan)
+                    of_rows[rows] = features[start : start + len(rows)]
+                out.update(zip(self._entities[entity].layout.names, of_rows.T, strict=True))
+                start += len(rows)
             if held.sequence is not None:
-                sequences[entity] = found
+                told = dict(zip(rows_of[0], recent, strict=True))
+                sequences[entities[0]] = [told.get(i, RecentValues()) for i in range(len(moments))]
         return OnlineRows(out, sequences)
 
     def states(self, entity: Entity, keys: Sequence[str]) -> Floats:

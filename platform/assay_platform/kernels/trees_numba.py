@@ -29,21 +29,26 @@ _DE_BRUIJN = np.uint32(0x077CB531)
 _PLACE = np.zeros(WORD, dtype=np.uint64)
 _PLACE[[(0x077CB531 << bit & 0xFFFFFFFF) >> 27 for bit in range(WORD)]] = np.arange(WORD)
 
-# A node in one place in memory. cut: a value at or below it goes left; of a leaf (column -1) what it is worth.
-NODE = np.dtype([("cut", "f8"), ("column", "i4"), ("left", "i4"), ("right", "i4"), ("nan_left", "i4")])
+# A split in one place in memory, few bytes of it: between two calls all trees have left the cache. cut: a value at or
+# below it goes left. what: four times the column, and the two bits. left, right: splits, or leaves as ~place. The first
+# is of single-precision rows, for which rounded cuts are exact.
+NODE32, NODE64 = (
+    np.dtype([("cut", kind), ("what", "i4"), ("left", "i4"), ("right", "i4")]) for kind in ("f4", "f8")
+)
+REFERENCE_LEFT, NAN_LEFT = 1, 2
 
 
 @njit(nogil=True, cache=True, inline="always")
 def _next(node, value):
-    left = node.nan_left != 0 if np.isnan(value) else value <= node.cut
+    left = node.what & NAN_LEFT != 0 if np.isnan(value) else value <= node.cut
     return node.left if left else node.right
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _worth(row, at, nodes):
-    while nodes[at].column >= 0:
-        at = _next(nodes[at], row[nodes[at].column])
-    return nodes[at].cut
+def _worth(row, at, nodes, leaves):
+    while at >= 0:
+        at = _next(nodes[at], row[nodes[at].what >> 2])
+    return leaves[~at]
 
 
 # Clears bits of a word; a split whose leaves are in several words comes as often.
@@ -51,11 +56,13 @@ SPLIT = np.dtype([("keep", "u4"), ("column", "u4"), ("word", "u4"), ("nan_left",
 
 
 @njit(nogil=True, cache=True)
-def nexts_of(row, nodes, out):
-    """out (M,): where a row goes from each node, whether it comes there or not."""
+def note_reference(row, nodes):
+    """In each split, whether the reference goes left there, whether it comes there or not."""
     for at in range(len(nodes)):
-        if nodes[at].column >= 0:
-            out[at] = _next(nodes[at], row[nodes[at].column])
+        what = nodes[at].what & ~REFERENCE_LEFT
+        value = row[what >> 2]
+        left = what & NAN_LEFT != 0 if np.isnan(value) else value <= nodes[at].cut
+        nodes[at].what = what | REFERENCE_LEFT if left else what
 
 
 @njit(nogil=True, cache=True)
@@ -125,34 +132,33 @@ def score_trees(rows, splits, cuts, starts, leaves, first_leaf, most_words, out)
 
 
 @njit(nogil=True, cache=True)
-def score_one_by_one(rows, roots, nodes, out):
+def score_one_by_one(rows, roots, nodes, leaves, out):
     """out (N,), zeros before: the same on the calling thread, for a few rows."""
     for root in roots:
         for n in range(len(rows)):
-            out[n] += _worth(rows[n], root, nodes)
+            out[n] += _worth(rows[n], root, nodes, leaves)
 
 
 @njit(nogil=True, cache=True)
-def _explain_tree(row, next_of_reference, root, nodes, weight, path, taken, out):
+def _explain_tree(row, root, nodes, leaves, weight, path, taken, out):
     """weight (D, D): weight[a, b] = (a - 1)! b! / (a + b)!. path (3, D): scratch. taken (F,): zeros, restored."""
     columns, others, from_row = path[0], path[1], path[2]
     at, length, a, b = root, 0, 0, 0
     while True:
-        while nodes[at].column >= 0:
-            c = nodes[at].column
-            if taken[c] == 1:
-                at = _next(nodes[at], row[c])
-            elif taken[c] == 2:
-                at = next_of_reference[at]
-            else:
-                of_row, of_reference = _next(nodes[at], row[c]), next_of_reference[at]
-                at = of_row
-                if of_row != of_reference:
-                    columns[length], others[length], from_row[length] = c, of_reference, 1
-                    taken[c] = 1
-                    a += 1
-                    length += 1
-        gain, loss = nodes[at].cut * weight[a, b], nodes[at].cut * weight[b, a]
+        while at >= 0:
+            node = nodes[at]
+            c = node.what >> 2
+            of_reference = node.left if node.what & REFERENCE_LEFT else node.right
+            if taken[c] == 2:
+                at = of_reference
+                continue
+            at = _next(node, row[c])
+            if taken[c] == 0 and at != of_reference:
+                columns[length], others[length], from_row[length] = c, of_reference, 1
+                taken[c] = 1
+                a += 1
+                length += 1
+        gain, loss = leaves[~at] * weight[a, b], leaves[~at] * weight[b, a]
         for i in range(length):
             out[columns[i]] += gain if from_row[i] else -loss
         while length > 0 and not from_row[length - 1]:
@@ -169,22 +175,22 @@ def _explain_tree(row, next_of_reference, root, nodes, weight, path, taken, out)
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def explain_trees(rows, next_of_reference, roots, nodes, weight, size, out):
-    """out (N, F), zeros before: Shapley values that add up to f(row) - f(reference). next_of_reference (M,): where the
-    reference goes from each node. size: rows that go through a tree while it is at hand.
+def explain_trees(rows, roots, nodes, leaves, weight, size, out):
+    """out (N, F), zeros before: Shapley values that add up to f(row) - f(reference). nodes: with the reference noted.
+    size: rows that go through a tree while it is at hand.
     """
     for block in prange((len(rows) + size - 1) // size):
         first = block * size
         path, taken = np.empty((3, _DEPTH), dtype=np.int32), np.zeros(rows.shape[1], dtype=np.int8)
         for root in roots:
             for n in range(first, min(first + size, len(rows))):
-                _explain_tree(rows[n], next_of_reference, root, nodes, weight, path, taken, out[n])
+                _explain_tree(rows[n], root, nodes, leaves, weight, path, taken, out[n])
 
 
 @njit(nogil=True, cache=True)
-def explain_one_by_one(rows, next_of_reference, roots, nodes, weight, out):
+def explain_one_by_one(rows, roots, nodes, leaves, weight, out):
     """The same on the calling thread."""
     path, taken = np.empty((3, _DEPTH), dtype=np.int32), np.zeros(rows.shape[1], dtype=np.int8)
     for root in roots:
         for n in range(len(rows)):
-            _explain_tree(rows[n], next_of_reference, root, nodes, weight, path, taken, out[n])
+            _explain_tree(rows[n], root, nodes, leaves, weight, path, taken, out[n])

@@ -72,7 +72,8 @@ class TreeEnsemble:
         rows = np.ascontiguousarray(rows_NF)
         out = np.zeros(len(rows))
         if len(rows) <= _FEW_ROWS or not len(self):
-            trees_numba.score_one_by_one(rows, self.roots, self._nodes, out)
+            walk = self._walk32 if rows.dtype == np.float32 else self._walk64
+            trees_numba.score_one_by_one(rows, walk.roots, walk.nodes, walk.leaf, out)
         else:
             splits = self._splits
             cuts = splits.cut32 if rows.dtype == np.float32 else splits.cut
@@ -94,34 +95,24 @@ class TreeEnsemble:
         known = self._known_reference
         reference = np.ascontiguousarray(reference_F, dtype=rows.dtype)
         if known is None or not np.array_equal(known.row, reference, equal_nan=True):
-            nexts = np.zeros(len(self.column), dtype=np.int32)
-            trees_numba.nexts_of(reference, self._nodes, nexts)
-            known = _Reference(reference.copy(), nexts, float(self.logits(reference[None])[0]))
+            walk = self._walk32 if rows.dtype == np.float32 else self._walk64
+            walk = walk._replace(nodes=walk.nodes.copy())
+            trees_numba.note_reference(reference, walk.nodes)
+            known = _Reference(reference.copy(), walk, float(self.logits(reference[None])[0]))
             object.__setattr__(self, "_known_reference", known)
         out = np.zeros((len(rows), self.num_columns))
         if len(rows) <= 1:
-            trees_numba.explain_one_by_one(rows, known.nexts, self.roots, self._nodes, _WEIGHT, out)
+            trees_numba.explain_one_by_one(rows, *known.walk, _WEIGHT, out)
         else:
             # As many blocks as threads, and none so large that a tree is gone from the cache before its last row.
             size = max(1, min(trees_numba.EXPLAINED, -(-len(rows) // len(os.sched_getaffinity(0)))))
-            _on_all_cores(trees_numba.explain_trees, rows, known.nexts, self.roots, self._nodes, _WEIGHT, size, out)
+            _on_all_cores(trees_numba.explain_trees, rows, *known.walk, _WEIGHT, size, out)
         return out, known.logit
 
     @cached_property
-    def _nodes(self) -> NDArray[Any]:
-        """As the loops take them."""
-        from assay_platform.kernels.trees_numba import NODE
-
-        nodes = np.empty(len(self.column), dtype=NODE)
-        nodes["cut"] = np.where(self.column >= 0, self.threshold, self.value)
-        for name in ("column", "left", "right", "nan_left"):
-            nodes[name] = getattr(self, name)
-        return nodes
-
-    @cached_property
-    def _splits(self) -> "_Splits":
-        """As the loop over many rows takes them: tree by tree, each with the leaves on its left."""
-        from assay_platform.kernels.trees_numba import SPLIT, WORD, number_leaves
+    def _numbered(self) -> "_Numbered":
+        """Leaves from left to right, and what lies above them."""
+        from assay_platform.kernels.trees_numba import number_leaves
 
         tree, first, count = (np.full(len(self.column), -1, dtype=np.int64) for _ in range(3))
         number_leaves(self.roots, self.column, self.left, self.right, tree, first, count)
@@ -129,7 +120,41 @@ class TreeEnsemble:
         first_leaf = np.concatenate([[0], np.cumsum(count[self.roots])])
         leaf = np.empty(len(leaves))
         leaf[first_leaf[tree[leaves]] + first[leaves]] = self.value[leaves]
+        return _Numbered(tree, first, count, first_leaf, leaf)
 
+    @cached_property
+    def _walk64(self) -> "_Walk":
+        """As the loops take them that walk down: what lies below a split comes after it, its left side first."""
+        from assay_platform.kernels.trees_numba import NAN_LEFT, NODE64
+
+        tree, first, count, first_leaf, leaf = self._numbered
+        inner = np.flatnonzero((self.column >= 0) & (tree >= 0))
+        inner = inner[np.lexsort((-count[inner], first[inner], tree[inner]))]
+        place = np.zeros(len(self.column), dtype=np.int64)
+        place[inner] = np.arange(len(inner))
+        place = np.where(self.column >= 0, place, ~(first_leaf[tree] + first))
+        nodes = np.empty(len(inner), dtype=NODE64)
+        nodes["cut"] = self.threshold[inner]
+        nodes["what"] = 4 * self.column[inner] + NAN_LEFT * self.nan_left[inner]
+        nodes["left"], nodes["right"] = place[self.left[inner]], place[self.right[inner]]
+        return _Walk(place[self.roots].astype(np.int32), nodes, leaf)
+
+    @cached_property
+    def _walk32(self) -> "_Walk":
+        """The same for rows of single precision."""
+        from assay_platform.kernels.trees_numba import NODE32
+
+        walk = self._walk64
+        nodes = walk.nodes.astype(NODE32)
+        nodes["cut"] = _rounded_down(walk.nodes["cut"])
+        return walk._replace(nodes=nodes)
+
+    @cached_property
+    def _splits(self) -> "_Splits":
+        """As the loop over many rows takes them: tree by tree, each with the leaves on its left."""
+        from assay_platform.kernels.trees_numba import SPLIT, WORD
+
+        tree, first, count, first_leaf, leaf = self._numbered
         inner = np.flatnonzero((self.column >= 0) & (tree >= 0))
         inner = inner[np.argsort(tree[inner], kind="stable")]
         begin = first[inner]
@@ -190,8 +215,28 @@ class _Reference(NamedTuple):
     """The row that was explained against last: a model has one."""
 
     row: NDArray[np.floating]  # (F,)
-    nexts: NDArray[np.int32]  # (M,) where it goes from each node
+    walk: "_Walk"  # with where it goes in each split
     logit: float
+
+
+class _Numbered(NamedTuple):
+    """Of M nodes, -1 for one of no tree: its tree, the first leaf below it, counted in the tree from the left, and how
+    many there are. Of L leaves, tree by tree from the left: where a tree's begin (T + 1,), and what each is worth.
+    """
+
+    tree: NDArray[np.int64]
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+    first_leaf: NDArray[np.int64]
+    leaf: NDArray[np.float64]
+
+
+class _Walk(NamedTuple):
+    """Splits in the order in which rows come by; see `kernels.trees_numba`."""
+
+    roots: NDArray[np.int32]  # (T,)
+    nodes: NDArray[Any]
+    leaf: NDArray[np.float64]  # (L,)
 
 
 class _Splits(NamedTuple):
