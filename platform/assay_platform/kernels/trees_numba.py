@@ -32,9 +32,7 @@ _PLACE[[(0x077CB531 << bit & 0xFFFFFFFF) >> 27 for bit in range(WORD)]] = np.ara
 # A split in one place in memory, few bytes of it: between two calls all trees have left the cache. cut: a value at or
 # below it goes left. what: four times the column, and the two bits. left, right: splits, or leaves as ~place. The first
 # is of single-precision rows, for which rounded cuts are exact.
-NODE32, NODE64 = (
-    np.dtype([("cut", kind), ("what", "i4"), ("left", "i4"), ("right", "i4")]) for kind in ("f4", "f8")
-)
+NODE32, NODE64 = (np.dtype([("cut", kind), ("what", "i4"), ("left", "i4"), ("right", "i4")]) for kind in ("f4", "f8"))
 REFERENCE_LEFT, NAN_LEFT = 1, 2
 
 
