@@ -221,7 +221,7 @@ class _Reference(NamedTuple):
 
 class _Numbered(NamedTuple):
     """Of M nodes, -1 for one of no tree: its tree, the first leaf below it, counted in the tree from the left, and how
-    many there are below. Of L leaves, tree by tree from the left: where a tree's begin (T + 1,), and what each is worth.
+    many are below. Of L leaves, tree by tree from the left: where a tree's begin (T + 1,), and what each is worth.
     """
 
     tree: NDArray[np.int64]
