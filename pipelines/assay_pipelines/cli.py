@@ -177,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
                               "(promote, roll back, erase); default: all but admin")  # fmt: skip
     new_key.add_argument("--rate", type=float, metavar="N", help="requests a second (default: no limit of its own)")
     new_key.add_argument("--days", type=float, metavar="N", help="after which it ends (default: never)")
+    new_key.add_argument(
+        "--models", metavar="A,B", help="models that it may ask, by their names, /models/NAME/v1/… (default: all)"
+    )
     key_commands.add_parser("list", help="whose keys there are, and what they may do")
     revoke = key_commands.add_parser("revoke", help="end a key")
     revoke.add_argument("id", metavar="ID", help="as `assay keys list` shows it")

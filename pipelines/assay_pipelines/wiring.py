@@ -347,6 +347,7 @@ def _keys(call: argparse.Namespace, config: Config) -> int:  # noqa: ARG001
     given: list[str] = []
     if call.keys_command == "new":
         given = [call.who, "--scopes", call.scopes, *_option("--rate", call.rate), *_option("--days", call.days)]
+        given += _option("--models", call.models)
     elif call.keys_command == "revoke":
         given = [call.id]
     command = [sys.executable, "-m", "assay_services.keys", call.keys_command, *given]

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,7 +28,8 @@ _LOOK_AGAIN_S = 1.0
 class Caller:
     """Whom a key belongs to. id: by which it is revoked. scopes: what it may do; see docs/security.md.
 
-    rate: requests a second, None for no limit of its own. expires: ISO 8601.
+    rate: requests a second, None for no limit of its own. expires: ISO 8601. models: which it has to name and may ask;
+    None for all.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Caller:
     scopes: tuple[str, ...] = _USUAL
     rate: float | None = None
     expires: str | None = None
+    models: tuple[str, ...] | None = None
 
     def has_expired(self, now: datetime) -> bool:
         """Whether its time is over."""
@@ -69,12 +71,18 @@ class KeyStore:
         return self._closed
 
     def create(
-        self, who: str, *, scopes: Sequence[str] = _USUAL, rate: float | None = None, days: float | None = None
+        self,
+        who: str,
+        *,
+        scopes: Sequence[str] = _USUAL,
+        rate: float | None = None,
+        days: float | None = None,
+        models: Sequence[str] | None = None,
     ) -> str:
         """Make a key for somebody; this is the only time that it can be seen.
 
         Raises:
-            InputError: a scope is unknown, or rate or days are not above 0.
+            InputError: a scope is unknown, or rate or days are not above 0, or a key for some models may administrate.
         """
         unknown = sorted(set(scopes) - set(SCOPES))
         if unknown or not scopes:
@@ -82,6 +90,8 @@ class KeyStore:
         for name, value in (("rate", rate), ("days", days)):
             if value is not None and not value > 0:
                 raise InputError(f"{name}: {value} is not above 0")
+        if models is not None and (ADMIN in scopes or not models):
+            raise InputError("models: name one at least; a key for some models alone cannot have the scope admin")
         key, now = secrets.token_urlsafe(32), self._now()
         caller = Caller(
             id=secrets.token_hex(4),
@@ -91,6 +101,7 @@ class KeyStore:
             scopes=tuple(scope for scope in SCOPES if scope in scopes),
             rate=rate,
             expires=None if days is None else (now + timedelta(days=days)).isoformat(timespec="seconds"),
+            models=None if models is None else tuple(models),
         )
         self._write([*self._read(), caller])
         return key
@@ -156,9 +167,15 @@ class KeyStore:
         try:
             entries: list[dict[str, Any]] = json.loads(self._path.read_text(encoding="utf-8"))["keys"]
             # Keys made before there were ids are known by the beginning of their hash.
-            return [Caller(**{"id": e["sha256"][:8], **e, "scopes": tuple(e.get("scopes", _USUAL))}) for e in entries]
+            return [caller_of({"id": e["sha256"][:8], "scopes": _USUAL, **e}) for e in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self._path}: not a readable key file ({error}); restore or delete it") from error
+
+
+def caller_of(said: Mapping[str, Any]) -> Caller:
+    """From JSON."""
+    models = said.get("models")
+    return Caller(**{**said, "scopes": tuple(said["scopes"]), "models": None if models is None else tuple(models)})
 
 
 def _digest(key: str) -> str:

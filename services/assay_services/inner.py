@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from assay_services.auth import Caller
+from assay_services.auth import Caller, caller_of
 from assay_services.logs import REQUEST_ID
 from assay_services.replies import Reply
 
@@ -102,5 +102,4 @@ class Trusting:
 
 
 def _caller(given: bytes) -> Caller:
-    said = json.loads(base64.b64decode(given))
-    return Caller(**{**said, "scopes": tuple(said["scopes"])})
+    return caller_of(json.loads(base64.b64decode(given)))

@@ -18,6 +18,7 @@ def main() -> int:
     new.add_argument("--scopes", default="score,write,read")
     new.add_argument("--rate", type=float)
     new.add_argument("--days", type=float)
+    new.add_argument("--models")
     commands.add_parser("list")
     commands.add_parser("revoke").add_argument("id")
     call = parser.parse_args()
@@ -28,7 +29,8 @@ def _run(call: argparse.Namespace) -> None:
     store = KeyStore(load_config().paths.api_keys)
     if call.command == "new":
         scopes = [scope.strip() for scope in call.scopes.split(",") if scope.strip()]
-        key = store.create(call.who, scopes=scopes, rate=call.rate, days=call.days)
+        models = None if call.models is None else [name.strip() for name in call.models.split(",") if name.strip()]
+        key = store.create(call.who, scopes=scopes, rate=call.rate, days=call.days, models=models)
         sys.stdout.write(f"{key}\n")
         sys.stderr.write(f"key for {call.who!r}: it is not shown again\n")
     elif call.command == "revoke":
@@ -46,7 +48,7 @@ def _show(store: KeyStore) -> None:
     sys.stdout.write(f"{'id':<10}{'who':<24}{'may':<26}{'a second':<10}{'made':<27}expires\n")
     for one in callers:
         rate = "" if one.rate is None else f"{one.rate:g}"
-        may = ",".join(one.scopes)
+        may = ",".join(one.scopes) + ("" if one.models is None else f" of {','.join(one.models)}")
         sys.stdout.write(f"{one.id:<10}{one.who:<24}{may:<26}{rate:<10}{one.created:<27}{one.expires or 'never'}\n")
 
 

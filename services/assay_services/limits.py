@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from assay_services.auth import ADMIN, READ, SCORE, WRITE, Caller, KeyStore
 from assay_services.console import PATHS as CONSOLE
 from assay_services.logs import REQUEST_ID
+from assay_services.named_models import model_of
 from assay_services.problems import MEDIA_TYPE, problem_bytes
 from assay_services.webhooks import PATH as WEBHOOK
 
@@ -31,6 +32,8 @@ _SCOPES = (
     ("/v1/items", WRITE),
     ("/v1/labels", WRITE),
 )
+# What tells of all models, whichever is named.
+_OF_ALL_MODELS = ("/v1/registry", "/v1/audit")
 _MAX_BUCKETS = 10_000
 
 
@@ -141,6 +144,9 @@ class Gatekeeper:
         needed = next((right for prefix, right in _SCOPES if scope["path"].startswith(prefix)), READ)
         if needed not in caller.scopes:
             return 403, f"this API key may not {needed}; it may {', '.join(caller.scopes)}", {}
+        if caller.models is not None and (model_of(scope) not in caller.models or scope["path"] in _OF_ALL_MODELS):
+            allowed = ", ".join(f"/models/{name}/v1/…" for name in caller.models)
+            return 403, f"this API key may ask some models alone, by their names: {allowed}", {}
         bucket = self._bucket_of(caller)
         if bucket is not None and not bucket.take():
             return 429, f"more requests a second than this API key allows ({caller.rate:g})", _come_back(bucket)

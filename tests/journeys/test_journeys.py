@@ -769,7 +769,7 @@ def test_the_same_run_as_a_ray_job(
 ) -> None:
     table, schema = files["fraud"]
     command = [sys.executable, "-m", "assay_pipelines.cli", "run", "fraud", "--data", str(table)]
-    command += ["--schema", str(schema), "--name", "fraud-job", "--budget", "20", "--json", "--submit", ray_session]
+    command += ["--schema", str(schema), "--name", "fraud-job", "--budget", "8", "--json", "--submit", ray_session]
     command += ["--workers", "2"]
     environment = {**os.environ, "ASSAY_HOME": str(home.paths.home)}
     environment.pop("RAY_ADDRESS", None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from assay_platform.config import Config
+from assay_platform.errors import InputError
 from assay_services.alone import create_app
 from assay_services.auth import SCOPES, KeyStore
 from assay_services.dependencies import make_dependencies
@@ -121,6 +122,22 @@ def test_keys_are_asked_for_the_path_behind_the_name(config: Config) -> None:
     assert "'cards'" in answer.json()["detail"]
     score = client.post("/models/cards/v1/fraud/score", json={"events": [{}]}, headers=allowed)
     assert (score.status_code, score.headers["content-type"]) == (404, "application/problem+json")
+
+
+def test_a_key_for_some_models_asks_those_alone_and_by_their_names(config: Config) -> None:
+    keys = KeyStore(config.paths.api_keys)
+    key = {"X-API-Key": keys.create("claims desk", models=["claims", "cards"])}
+    client = TestClient(create_app(make_dependencies(config)), raise_server_exceptions=False)
+    assert client.get("/models/claims/v1/models", headers=key).status_code == 404, "there is none, but it may ask"
+    for path in ("/v1/models", "/models/transfers/v1/models", "/models/claims/v1/registry", "/models/claims/v1/audit"):
+        refused = client.get(path, headers=key)
+        assert (refused.status_code, "/models/cards/v1/" in refused.json()["detail"]) == (403, True), path
+    assert client.post("/v1/fraud/score", json={"events": [{}]}, headers=key).status_code == 403
+    for options in ({"models": []}, {"models": ["claims"], "scopes": SCOPES}):
+        with pytest.raises(InputError, match="cannot have the scope admin"):
+            keys.create("nobody", **options)  # type: ignore[arg-type]
+    [kept] = KeyStore(config.paths.api_keys).callers()
+    assert kept.models == ("claims", "cards")
 
 
 def test_callers_cannot_name_a_model_but_by_the_path() -> None:
