@@ -111,8 +111,9 @@ class WatchedRegistry:
     def application_of(self, name: str) -> str | None:
         """What a model is for; None where there is no such model."""
         seen = self._fresh()
-        found = (self._registry.aliases() if seen is None or name not in seen else seen).get(name)
-        return None if found is None else found.application
+        if seen is not None and name in seen:
+            return seen[name].application
+        return self._registry.application_of(name)
 
     def is_unchecked(self, name: str, version: int) -> bool:
         """See `ModelRegistry`."""
@@ -124,8 +125,10 @@ class WatchedRegistry:
 
     def replace(self, name: str, wrong: int, right: int, *, reason: str) -> None:
         """See `ModelRegistry`."""
-        self._registry.replace(name, wrong, right, reason=reason)
-        self.ask_yourself()
+        try:
+            self._registry.replace(name, wrong, right, reason=reason)
+        finally:  # also if somebody else was first: the board may not know of it yet
+            self.ask_yourself()
 
     def _fresh(self) -> dict[str, AliasesOf] | None:
         if self._board is None:

@@ -20,7 +20,7 @@ from assay_services.answering import Answering
 from assay_services.console import console_routes
 from assay_services.dependencies import Dependencies
 from assay_services.fraud import FraudScorer
-from assay_services.hot_swap import Loaded
+from assay_services.hot_swap import Loaded, Slot
 from assay_services.idempotency import named_by
 from assay_services.problems import ProblemError, install
 from assay_services.schemas import (
@@ -223,8 +223,9 @@ def application(deps: Dependencies) -> FastAPI:
         """Whether the newest events still look like those that a model was made from. application: by default that of
         the fraud model, where there is one.
         """
-        is_of_lists = application == "recommend" or (application is None and deps.fraud.current is None)
-        loaded: Loaded[Any] = (deps.recommend if is_of_lists and deps.recommend.current else deps.fraud).require()
+        nothing_said = deps.recommend if deps.fraud.current is None and deps.recommend.current else deps.fraud
+        slots: dict[str | None, Slot[Any]] = {None: nothing_said, "fraud": deps.fraud, "recommend": deps.recommend}
+        loaded: Loaded[Any] = slots[application].require()
         watch = loaded.model.watch
         if watch is None:
             raise ProblemError(404, f"{loaded.name} version {loaded.version} was registered without a reference")

@@ -36,6 +36,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 # How much of what was measured before is left at each new batch, and how much a batch may outgrow the largest so far.
 _MEMORY, _GROWTH = 0.95, 2
+_MOST_SHAPES = 256  # whose cost is known
 _SHORTEST_S = 1e-6
 
 
@@ -213,16 +214,30 @@ class BatchQueue(Generic[Job]):
                 continue
             batch.taken.append(one)
             room -= one.rows
+        if not queue:
+            # Shapes have names in them that callers choose.
+            del self._waiting[shape], self._rows[shape]
         free_at = max(now, self._busy_until.get(worker, now))
         self._busy_until[worker] = free_at + (self._cost(shape).seconds(batch.rows) if batch.taken else 0.0)
         return batch
 
     def done(
-        self, batch: Batch[Job], seconds: float, now: float, worker: Hashable = None, *, then: Batch[Job] | None = None
+        self,
+        batch: Batch[Job],
+        seconds: float,
+        now: float,
+        worker: Hashable = None,
+        *,
+        then: Batch[Job] | None = None,
+        was_answered: bool = True,
     ) -> None:
-        """The call of a batch took so long. then: what the worker goes on with."""
+        """The call of a batch took so long. then: what the worker goes on with. was_answered: not refused as a whole,
+        which says nothing of what an answer takes.
+        """
         if batch.taken:
-            self._cost(batch.shape).observe(batch.rows, seconds)
+            if was_answered:
+                self._cost(batch.shape).observe(batch.rows, seconds)
+                self.costs[batch.shape] = self.costs.pop(batch.shape)
             self._waiting_s = None
         self._busy_until[worker] = now + (0.0 if then is None else self._cost(then.shape).seconds(then.rows))
 
@@ -243,7 +258,12 @@ class BatchQueue(Generic[Job]):
         return found
 
     def _cost(self, shape: Hashable) -> CallCost:
-        return self.costs.setdefault(shape, CallCost())
+        cost = self.costs.get(shape)
+        if cost is None:
+            if len(self.costs) >= _MOST_SHAPES:
+                del self.costs[next(iter(self.costs))]  # not measured for longest
+            cost = self.costs[shape] = CallCost()
+        return cost
 
     def _work_s(self, shape: Hashable) -> float:
         rows, cost = self._rows.get(shape, 0), self._cost(shape)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -63,12 +64,12 @@ class Dependencies:
 
     def for_model(self, slot: Slot[Any]) -> "Dependencies":
         """The same for one model alone, which is in this slot."""
-        fraud = slot if slot.application == "fraud" else self.open_slot("fraud", None)
-        recommend = slot if slot.application == "recommend" else self.open_slot("recommend", None)
-        return replace(
-            self, fraud=fraud, recommend=recommend, slots=[slot],
-            scores=replace(self.scores, slot=fraud), lists=ListAnswering(recommend, self.metrics),
-        )  # fmt: skip
+        fraud = slot if slot.application == "fraud" else self.open_slot("fraud", "")
+        recommend = slot if slot.application == "recommend" else self.open_slot("recommend", "")
+        # What was shown is known by the model that showed it.
+        lists = self.lists if recommend is self.recommend else ListAnswering(recommend, self.metrics)
+        scores = replace(self.scores, slot=fraud)
+        return replace(self, fraud=fraud, recommend=recommend, slots=[slot], scores=scores, lists=lists)
 
     def start(self, app: Any) -> None:
         """Follow the registry, and listen to other processes. Returns when the registry was looked at once: until then
@@ -106,23 +107,26 @@ class WallClock:
 
 @dataclass
 class _Repositories:
-    """Feature repositories, one a model name, shared by its versions: one connection, one lock."""
+    """Feature repositories, one a model name, shared by its versions: one connection, one lock. Thread-safe."""
 
     root: Path
     may_write: Callable[[], bool]
     _open: dict[str, FeatureRepository] = field(default_factory=dict)
     _records: dict[str, DecisionRecords] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, name: str) -> FeatureRepository:
-        if name not in self._open:
-            self._open[name] = FeatureRepository(self.root / name, stream=_STREAM, may_write=self.may_write)
-        return self._open[name]
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = FeatureRepository(self.root / name, stream=_STREAM, may_write=self.may_write)
+            return self._open[name]
 
     def records(self, name: str) -> DecisionRecords:
         """Where decisions of a model name are kept."""
-        if name not in self._records:
-            self._records[name] = DecisionRecords(self.root / name / "records")
-        return self._records[name]
+        with self._lock:
+            if name not in self._records:
+                self._records[name] = DecisionRecords(self.root / name / "records")
+            return self._records[name]
 
     def take_over(self) -> None:
         """Recover what a process that wrote the features has left, if this one writes now."""
@@ -142,10 +146,11 @@ class _Repositories:
 
     def close(self) -> None:
         """Write what is in memory."""
-        for repository in self._open.values():
-            repository.close()
-        for records in self._records.values():
-            records.close()
+        with self._lock:
+            for repository in self._open.values():
+                repository.close()
+            for records in self._records.values():
+                records.close()
 
 
 def make_dependencies(
@@ -155,12 +160,13 @@ def make_dependencies(
     recommend: str | None = None,
     board: Board | None = None,
     busy: Callable[[], AbstractContextManager[None]] = nullcontext,
+    writes: bool = True,
 ) -> Dependencies:
     """Wire the real ones. fraud, recommend: model names to follow instead of the newest champion. board: where another
-    process says where aliases point. busy: see `Slot`.
+    process says where aliases point. busy: see `Slot`. writes: see `Siblings`.
     """
     metrics = ServiceMetrics()
-    siblings = Siblings(config.paths.home)
+    siblings = Siblings(config.paths.home, writes=writes)
     repositories = _Repositories(config.paths.feature_repositories, siblings.is_writer)
     metrics.watch_tiers(repositories.tiers)
     metrics.watch_tasks(config.paths.tasks)

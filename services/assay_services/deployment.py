@@ -5,11 +5,10 @@ request that names one goes to a replica that has it in memory if it says so in 
 too (the gateway does), and to any, which reads it, if it does not.
 """
 
-import asyncio
 import os
 import signal
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from assay_platform.config import Config
@@ -20,6 +19,7 @@ from assay_services.named_models import model_of
 from assay_services.problems import ProblemError
 from assay_services.replies import refusal, send_reply
 from assay_services.scaling import ScalingRule
+from assay_services.tenants import arrived
 
 if TYPE_CHECKING:
     from assay_services.served import Served
@@ -43,25 +43,37 @@ def run_on_ray(config: Config, *, host: str, port: int, fraud: str | None, recom
     with ray_cluster():
         from ray import serve
 
-        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-        targets = [serve.RunTarget(_deployment(config, fraud=fraud, recommend=recommend), "assay", "/")]
+        stop, is_up = threading.Event(), False
+
+        def asked(*_: object) -> None:
+            stop.set()
+            if not is_up:
+                raise KeyboardInterrupt
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, asked)
+        # Those that share replicas write for all, so one of them stays.
+        kept = replace(config, scaling=replace(config.scaling, min_replicas=max(1, config.scaling.min_replicas)))
+        shared = _deployment(kept if own else config, fraud=fraud, recommend=recommend)
+        targets = [serve.RunTarget(shared, "assay", "/")]
         for name, application in own.items():
-            alone = _deployment(config, **{"fraud": "", "recommend": "", application: name})
+            alone = _deployment(config, **{"fraud": "", "recommend": "", application: name}, writes=False)
             targets.append(serve.RunTarget(alone, f"assay {name}", f"/models/{name}"))
         try:
+            serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
             serve.run_many(targets)
+            is_up = True
+            print(f"Assay answers on http://{host}:{port} through Ray Serve (Ctrl-C stops it)", flush=True)  # noqa: T201
+            stop.wait()
+        except KeyboardInterrupt:
+            pass  # while it was being started
         except (RuntimeError, TimeoutError) as error:
             raise ClusterError(f"the Ray Serve deployment did not start: {error}") from error
-        print(f"Assay answers on http://{host}:{port} through Ray Serve (Ctrl-C stops it)", flush=True)  # noqa: T201
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
         serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _deployment(config: Config, *, fraud: str | None, recommend: str | None) -> Any:
-    """Replicas that follow these models, as many as their load needs."""
+def _deployment(config: Config, *, fraud: str | None, recommend: str | None, writes: bool = True) -> Any:
+    """Replicas that follow these models, as many as their load needs. writes: see `Siblings`."""
     from ray import serve
 
     rule = rule_of(config, len(os.sched_getaffinity(0)))
@@ -83,7 +95,7 @@ def _deployment(config: Config, *, fraud: str | None, recommend: str | None) -> 
         },
         ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": _ONE_THREAD}},
     )
-    @serve.ingress(_builder(config, fraud, recommend))
+    @serve.ingress(_builder(config, fraud, recommend, writes))
     class Scoring:
         """One replica: one scoring application."""
 
@@ -122,7 +134,7 @@ def rule_of(config: Config, num_cpus: int) -> ScalingRule:
     )
 
 
-def _builder(config: Config, fraud: str | None, recommend: str | None) -> Any:
+def _builder(config: Config, fraud: str | None, recommend: str | None, writes: bool) -> Any:
     """A function that a replica calls to build its application: models and threads cannot be sent to it."""
 
     def build() -> Any:
@@ -132,7 +144,7 @@ def _builder(config: Config, fraud: str | None, recommend: str | None) -> Any:
         from assay_services.dependencies import make_dependencies
 
         torch.set_num_threads(1)
-        return create_app(make_dependencies(config, fraud=fraud, recommend=recommend), _KnownToServe)
+        return create_app(make_dependencies(config, fraud=fraud, recommend=recommend, writes=writes), _KnownToServe)
 
     return build
 
@@ -156,7 +168,6 @@ class _KnownToServe:
         self._app, self._served = app, served
 
         async def held(name: str) -> _Held:
-            await asyncio.to_thread(served.wait_for, name)
             return _Held(served, name)
 
         self._held: Any = serve.multiplexed(max_num_models_per_replica=served.most)(held)
@@ -164,8 +175,10 @@ class _KnownToServe:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection."""
         name = model_of(scope)
-        if name and not self._served.is_followed(name):
+        if name and self._served.among_followed(name) is None:
             try:
+                # Before Ray Serve hears of it, which makes room for whatever is asked, also for what is not there.
+                await arrived(self._served.get, name)
                 await self._held(name)
             except ProblemError as error:
                 await send_reply(send, refusal(error))

@@ -19,7 +19,7 @@ from assay_services.batching import BatchLimits, OverloadedError
 from assay_services.bodies import glance
 from assay_services.named_models import model_of
 from assay_services.replies import Reply, refusal, send_reply
-from assay_services.tenants import is_being_read
+from assay_services.tenants import LOOK_S, PATIENCE_S, is_being_read
 from assay_services.tracing import Timing
 from assay_services.whole_body import read_body
 
@@ -59,8 +59,6 @@ class Queue(Protocol):
 SCORES, COUNTERFACTUALS, LISTS = LANES = ("fraud", "counterfactual", "recommend")
 # Whose models answer what is queued there.
 APPLICATIONS = {SCORES: "fraud", COUNTERFACTUALS: "fraud", LISTS: "recommend"}
-# A request for a model that is not in memory waits so long for it, and looks so often.
-_READ_S, _LOOK_S = 30.0, 0.1
 # A counterfactual is a search; who asks for one waits longer.
 _PATIENT = 20.0
 
@@ -130,15 +128,15 @@ class FastPath:
             gone, trace = state.get("gone", _stays), state.get("trace")
             told = None if trace is None else trace.answered
             named = model_of(scope)
-            until = time.monotonic() + min(within_s, _READ_S)
+            until = time.monotonic() + min(within_s, PATIENCE_S)
             while True:
                 left_s = within_s if not named else until - time.monotonic()
                 reply = await queue.submit(
                     content, rows=rows, shape=(named, shape), within_s=left_s, gone=gone, told=told
                 )
-                if not named or not is_being_read(reply) or gone() or time.monotonic() + _LOOK_S > until:
+                if not named or not is_being_read(reply) or gone() or time.monotonic() + LOOK_S > until:
                     break
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(LOOK_S)
         except Exception as error:  # noqa: BLE001 - every error has an answer
             reply = refusal(error)
         await send_reply(send, reply)

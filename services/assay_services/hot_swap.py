@@ -117,6 +117,7 @@ class Slot(Generic[Model]):
         self._aside: deque[Any] = deque(maxlen=_REHEARSED)
         # Held by whoever answers real requests in a thread of this process.
         self.turn = threading.Lock()
+        self._refreshing = threading.Lock()
 
     @property
     def current(self) -> Loaded[Model] | None:
@@ -158,10 +159,27 @@ class Slot(Generic[Model]):
         if self._rollout.shadow and self._challenger is not None:
             self._aside.append(request)
 
+    def follow(self, name: str) -> None:
+        """Another model, from the next look on."""
+        self._name = name
+
+    def let_go(self) -> str:
+        """Hold and follow no model any more; the name of the one before. Requests keep what they have taken."""
+        with self._refreshing:
+            name, self._name = self._name or "", ""
+            self._current = self._challenger = self._watched = self.refused = None
+            for kept in (self._recent, self._aside, self._failed):
+                kept.clear()
+        return name
+
     # ------------------------------------------------------------------ what the follower does, in its thread
 
     def refresh(self, registry: WatchedRegistry) -> bool:
         """Look at the aliases once; True if another version was swapped in."""
+        with self._refreshing:
+            return self._refreshed(registry)
+
+    def _refreshed(self, registry: WatchedRegistry) -> bool:
         if self._name is None:
             self._name = registry.newest_champion(self.application)
         if not self._name:

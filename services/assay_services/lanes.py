@@ -195,7 +195,8 @@ class Pool:
         assert len(batch.taken) == len(answered.replies)
         lane.watch()
         then = lane.batches[0] if lane.batches else None
-        self._queue.done(batch, answered.seconds, self._clock(), lane, then=then)
+        was_answered = any(reply.status < 400 for reply in answered.replies)
+        self._queue.done(batch, answered.seconds, self._clock(), lane, then=then, was_answered=was_answered)
         # The next batch first: the process that scores must not wait until answers are written.
         self._feed()
         for one, reply in zip(batch.taken, answered.replies, strict=True):

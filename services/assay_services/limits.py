@@ -121,7 +121,11 @@ class Gatekeeper:
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, dict[str, str]] | None:
         path = scope["path"]
         scope["state"]["caller"] = None
-        if path in _OPEN:
+        named = model_of(scope)
+        if any(part in (".", "..") for part in (named, *path.split("/"))):
+            # Whoever passes it on might take the dots for what they say, after the key was asked for something else.
+            return 400, "the path has a segment of dots alone", {}
+        if path in _OPEN and not named:
             return None
         if not self._bucket.take():
             return 429, "more requests a second than this service allows", _come_back(self._bucket)

@@ -8,6 +8,7 @@ from typing import Any
 from assay_services.app import application
 from assay_services.dependencies import Answers, Dependencies
 from assay_services.fast_path import APPLICATIONS
+from assay_services.hot_swap import Slot
 from assay_services.problems import ProblemError
 from assay_services.replies import Reply, refusal
 from assay_services.siblings import HandOver
@@ -27,10 +28,13 @@ class Served:
         self.most = deps.config.service.max_models
         self.tenants = Tenants(self._read, self._let_go, most=self.most)
         self.followed = application(deps)
+        # By name: views of those that are followed, and of others that were in memory once.
+        self._by_name: dict[str, Tenant] = {}
+        self._known: dict[str, Tenant] = {}
 
     def app(self) -> Any:
         """ASGI, for one event loop: the client of other processes in it belongs to one."""
-        return HandOver(ByModel(self.followed, self.wait_for), siblings=self._deps.siblings)
+        return HandOver(ByModel(self.followed, self.get), siblings=self._deps.siblings)
 
     def start(self) -> None:
         """See `Dependencies`."""
@@ -45,25 +49,30 @@ class Served:
         """What answers the bodies of each queue; their shape says which model they name."""
         return {lane: partial(self._answered, lane) for lane in self._answers}
 
-    def wait_for(self, name: str) -> Tenant | None:
-        """A model, as soon as it is in memory; None for one that is followed.
+    def get(self, name: str) -> Tenant | None:
+        """A model in memory; None while it is being read.
 
         Raises:
             ProblemError: there is no such model.
         """
-        return None if self.is_followed(name) else self.tenants.wait_for(name)
+        return self.among_followed(name) or self.tenants.get(name)
 
-    def is_followed(self, name: str) -> bool:
-        """Whether a name is that of a model that answers without a name, too."""
-        return any(s.current is not None and s.current.name == name for s in (self._deps.fraud, self._deps.recommend))
+    def among_followed(self, name: str) -> Tenant | None:
+        """One that answers without a name, too, by itself."""
+        for slot in (self._deps.fraud, self._deps.recommend):
+            if slot.current is not None and slot.current.name == name:
+                if name not in self._by_name:
+                    self._by_name[name] = self._alone(slot)
+                return self._by_name[name]
+        return None
 
     def _answered(self, lane: str, shape: Hashable, bodies: Sequence[bytes]) -> list[Reply]:
         assert isinstance(shape, tuple)
         name, wanted = shape
-        if not name or self.is_followed(name):
+        if not name:
             return self._answers[lane](wanted, bodies)
         try:
-            tenant = self.tenants.get(name)
+            tenant = self.get(name)
         except ProblemError as error:
             return [refusal(error)] * len(bodies)
         if tenant is None:
@@ -74,22 +83,29 @@ class Served:
         return tenant.deps.by_lane()[lane](wanted, bodies)
 
     def _read(self, name: str) -> Tenant:
-        deps = self._deps
-        registry = deps.open_registry()
+        registry = self._deps.open_registry()
         kind = registry.application_of(name)
         if kind is None:
             raise ProblemError(404, f"no model is named {name!r}; /v1/registry has those that there are")
-        slot = deps.open_slot(kind, name)
-        slot.refresh(registry)
-        if slot.current is None:
+        # FastAPI keeps what an application refers to for ever, so there is one a model, and only its slot is emptied.
+        tenant = self._known.get(name)
+        if tenant is None:
+            tenant = self._known[name] = self._alone(self._deps.open_slot(kind, ""))
+        tenant.slot.follow(name)
+        tenant.slot.refresh(registry)
+        if tenant.slot.current is None:
+            tenant.slot.let_go()
             detail = f"model {name!r} has no champion that can be read; `assay promote` makes one"
             raise ProblemError(503, detail, headers={"Retry-After": "5"})
-        deps.slots.append(slot)
-        own = deps.for_model(slot)
+        self._deps.slots.append(tenant.slot)
+        return tenant
+
+    def _alone(self, slot: Slot[Any]) -> Tenant:
+        own = self._deps.for_model(slot)
         return Tenant(slot, own, application(own))
 
     def _let_go(self, tenant: Tenant) -> None:
         self._deps.slots.remove(tenant.slot)
-        name = tenant.slot.require().name
+        name = tenant.slot.let_go()
         self._deps.metrics.forget_drift(name)
         _log.info("%s was not asked for longest and goes from memory", name)

@@ -56,8 +56,11 @@ def sockets_of(home: Path) -> Path:
 class Siblings:
     """The processes of one home folder on this machine. Thread-safe."""
 
-    def __init__(self, home: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._home, self._clock = home, clock
+    def __init__(self, home: Path, *, writes: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        """writes: false for a process that never takes over: it does not follow the models that others follow, which a
+        request means that names none.
+        """
+        self._home, self._writes, self._clock = home, writes, clock
         self._folder = sockets_of(home)
         self.socket = self._folder / f"{os.getpid()}.sock"
         self._mutex = threading.Lock()
@@ -68,6 +71,8 @@ class Siblings:
 
     def is_writer(self) -> bool:
         """Whether this process writes; it does from now on if nobody else does."""
+        if not self._writes:
+            return False
         with self._mutex:
             now = self._clock()
             if self._lock is None and now - self._tried_at >= _TRY_LOCK_S:

@@ -1,17 +1,17 @@
 """Models beside those that a service follows: read when a request names one, a few in memory, the least used one goes.
 
 A bank has a model for cards, one for transfers and one for claims, each with little traffic; a process for each would
-wait most of the time. Here they share processes: whoever asks first for one waits until it is read, in a thread of its
+wait most of the time. Here they share processes: whoever asks first for one waits until it is read, by a thread of its
 own, so that nobody else waits. Features of a model that goes stay open: they cost little, and events still come.
 """
 
 import asyncio
 import logging
+import queue
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from assay_services.dependencies import Dependencies
     from assay_services.hot_swap import Slot
 
+# Who waits for a model waits so long, and looks so often.
+PATIENCE_S, LOOK_S = 30.0, 0.05
 # After which a model that could not be had is looked for again.
 _AGAIN_S = 5.0
 _MOST_FAILED, _MOST_WAITING = 1000, 16
 _log = logging.getLogger("assay.service")
+_BEING_READ = ProblemError(503, "the model is being read; come back in a second", headers={"Retry-After": "1"})
 # What whoever holds requests until a model is read knows it by.
-BEING_READ = refusal(ProblemError(503, "the model is being read; come back in a second", headers={"Retry-After": "1"}))
+BEING_READ = refusal(_BEING_READ)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,11 @@ class Tenants:
         self._lock = threading.Lock()
         self._here: OrderedDict[str, Tenant] = OrderedDict()
         self._failed: dict[str, tuple[float, ProblemError]] = {}
-        self._coming: dict[str, threading.Event] = {}
+        self._coming: set[str] = set()
+        self._wanted: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._is_closed = False
-        # One model is read at a time: two would take twice as long.
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="assay-tenants")
+        # One model is read at a time: two would take twice as long. One that hangs does not hold up the end.
+        self._thread: threading.Thread | None = None
 
     def here(self) -> list[Tenant]:
         """Those in memory."""
@@ -87,22 +91,12 @@ class Tenants:
             if name not in self._coming:
                 if len(self._coming) >= _MOST_WAITING:
                     raise ProblemError(503, "too many models are being read", headers={"Retry-After": "5"})
-                self._coming[name] = threading.Event()
-                self._reader.submit(self._bring, name)
+                self._coming.add(name)
+                self._wanted.put(name)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="assay-tenants", daemon=True)
+                    self._thread.start()
             return None
-
-    def wait_for(self, name: str) -> Tenant:
-        """One in memory, as soon as it is read.
-
-        Raises:
-            ProblemError: there is none, or too many are being read.
-        """
-        while (tenant := self.get(name)) is None:
-            with self._lock:
-                coming = self._coming.get(name)
-            if coming is not None:
-                coming.wait()
-        return tenant
 
     def let_go(self, name: str) -> None:
         """Of one, if it is there."""
@@ -115,51 +109,68 @@ class Tenants:
         """None is read any more."""
         with self._lock:
             self._is_closed = True
-            for coming in self._coming.values():
-                coming.set()
-        self._reader.shutdown(wait=False, cancel_futures=True)
 
-    def _bring(self, name: str) -> None:
-        try:
-            tenant = self._read(name)
-        except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it
-            if not isinstance(error, ProblemError):
-                _log.exception("model %s could not be read", name)
-                error = ProblemError(503, f"model {name!r} could not be read", headers={"Retry-After": "5"})
-            with self._lock:
-                if len(self._failed) >= _MOST_FAILED:
-                    self._failed.clear()
-                self._failed[name] = (self._clock() + _AGAIN_S, error)
-                self._coming.pop(name).set()
-            return
+    def _run(self) -> None:
+        while not self._is_closed:
+            name = self._wanted.get()
+            try:
+                tenant = self._read(name)
+            except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it
+                if not isinstance(error, ProblemError):
+                    _log.exception("model %s could not be read", name)
+                    error = ProblemError(503, f"model {name!r} could not be read", headers={"Retry-After": "5"})
+                self._not_there(name, error)
+            else:
+                self._there(name, tenant)
+
+    def _not_there(self, name: str, why: ProblemError) -> None:
+        with self._lock:
+            if len(self._failed) >= _MOST_FAILED:
+                self._failed.clear()
+            self._failed[name] = (self._clock() + _AGAIN_S, why)
+            self._coming.discard(name)
+
+    def _there(self, name: str, tenant: Tenant) -> None:
         with self._lock:
             too_many = len(self._here) + 1 - self._most
             gone = [self._here.popitem(last=False)[1] for _ in range(max(0, too_many))]
             self._here[name] = tenant
             self._failed.pop(name, None)
-            self._coming.pop(name).set()
+            self._coming.discard(name)
         for one in gone:
             self._let_go(one)
+
+
+async def arrived(get: Callable[[str], Tenant | None], name: str) -> Tenant:
+    """A model by its name, as soon as it is in memory. Takes no thread: those that wait must not take all there are.
+
+    Raises:
+        ProblemError: there is none, or it took too long.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while (tenant := get(name)) is None:
+        if time.monotonic() > until:
+            raise _BEING_READ
+        await asyncio.sleep(LOOK_S)
+    return tenant
 
 
 class ByModel:
     """ASGI: a request goes to the application of the model that it names, which is read first if need be."""
 
-    def __init__(self, app: Any, tenants: Callable[[str], Tenant | None]) -> None:
-        """app: of the models that are followed. tenants: name → the model; None where it is one of those."""
-        self._app, self._tenants = app, tenants
+    def __init__(self, app: Any, get: Callable[[str], Tenant | None]) -> None:
+        """app: of the models that are followed, for requests that name none. get: see `arrived`."""
+        self._app, self._get = app, get
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection."""
-        name = model_of(scope)
         app = self._app
-        if name:
+        if name := model_of(scope):
             try:
-                tenant = await asyncio.to_thread(self._tenants, name)
+                app = (await arrived(self._get, name)).app
             except ProblemError as error:
                 await send_reply(send, refusal(error))
                 return
-            app = app if tenant is None else tenant.app
         await app(scope, receive, send)
 
 

@@ -988,6 +988,8 @@ def test_requests_name_other_models_by_their_path_and_each_keeps_to_itself(
         logit = score["base"] + sum(reason["contribution"] for reason in score["reasons"])
         assert 1 / (1 + np.exp(-logit)) == pytest.approx(score["score"], abs=1e-6)
         assert scored("")["model"]["name"] == scored("/models/fraud-own")["model"]["name"] == "fraud-own"
+        assert client.post("/models/fraud-own/v1/recommend", json={"user_id": "u1"}).status_code == 404
+        assert [one["name"] for one in client.get("/models/fraud-own/v1/models").json()["models"]] == ["fraud-own"]
 
         # What one model is told, the others do not know.
         event = payment(files, transaction_id="for cards alone")

@@ -1,8 +1,9 @@
 """Models that requests name by their path: read when first asked for, a few in memory, nobody waits for another's."""
 
+import asyncio
 import threading
-import time
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from assay_platform.config import Config
@@ -12,7 +13,7 @@ from assay_services.auth import SCOPES, KeyStore
 from assay_services.dependencies import make_dependencies
 from assay_services.named_models import NamedByPath, model_of, named_in
 from assay_services.problems import ProblemError
-from assay_services.tenants import Tenant, Tenants
+from assay_services.tenants import Tenant, Tenants, arrived
 from fastapi.testclient import TestClient
 
 
@@ -34,6 +35,10 @@ class Shelf:
             raise ValueError("a bug")
         made: Any = Tenant(None, None, name)  # type: ignore[arg-type]
         return made
+
+
+def wait_for(shelf: Shelf, name: str) -> Tenant:
+    return asyncio.run(arrived(shelf.tenants.get, name))
 
 
 @pytest.mark.parametrize(
@@ -58,10 +63,10 @@ def test_whoever_asks_first_waits_and_the_least_used_one_goes() -> None:
     assert shelf.tenants.get("a") is None
     assert shelf.tenants.get("a") is None
     shelf.go.set()
-    assert shelf.tenants.wait_for("a").app == "a"
-    assert shelf.tenants.wait_for("b").app == "b"
+    assert wait_for(shelf, "a").app == "a"
+    assert wait_for(shelf, "b").app == "b"
     assert shelf.tenants.get("a") is not None
-    assert shelf.tenants.wait_for("c").app == "c"
+    assert wait_for(shelf, "c").app == "c"
     assert (shelf.read, shelf.gone) == (["a", "b", "c"], ["b"])
     assert {one.app for one in shelf.tenants.here()} == {"a", "c"}
     shelf.tenants.let_go("a")
@@ -73,14 +78,14 @@ def test_what_cannot_be_had_is_said_and_looked_for_again_after_a_while() -> None
     shelf = Shelf()
     for _ in range(3):
         with pytest.raises(ProblemError, match="no such model") as found:
-            shelf.tenants.wait_for("nobody")
+            wait_for(shelf, "nobody")
         assert found.value.status == 404
     with pytest.raises(ProblemError, match="could not be read"):
-        shelf.tenants.wait_for("broken")
+        wait_for(shelf, "broken")
     assert shelf.read == ["nobody", "broken"]
     shelf.now = 6.0
     with pytest.raises(ProblemError):
-        shelf.tenants.wait_for("nobody")
+        wait_for(shelf, "nobody")
     assert shelf.read == ["nobody", "broken", "nobody"]
 
 
@@ -91,21 +96,49 @@ def test_a_flood_of_names_is_refused_and_an_end_wakes_who_waits() -> None:
         assert shelf.tenants.get(f"m{i}") is None
     with pytest.raises(ProblemError, match="too many models"):
         shelf.tenants.get("one more")
-    said: list[int] = []
-
-    def waits() -> None:
-        try:
-            shelf.tenants.wait_for("m3")
-        except ProblemError as error:
-            said.append(error.status)
-
-    thread = threading.Thread(target=waits)
-    thread.start()
-    time.sleep(0.05)
     shelf.tenants.close()
-    thread.join(10)
-    assert said == [503]
+    with pytest.raises(ProblemError, match="being stopped"):
+        shelf.tenants.get("and another")
     shelf.go.set()
+
+
+def test_a_model_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assay_services.tenants.PATIENCE_S", 0.1)
+    shelf = Shelf()
+    shelf.go.clear()
+    with pytest.raises(ProblemError, match="is being read"):
+        wait_for(shelf, "slow")
+    shelf.go.set()
+
+
+@pytest.mark.parametrize(
+    "path", ["/models/a/../b/v1/models", "/x/../v1/admin/erase", "/models/../v1/models", "/a/%2e%2e/b"]
+)
+def test_dots_that_another_might_resolve_are_refused(config: Config, path: str) -> None:
+    async def ask() -> int:
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        # As a server hands it over: decoded, and not put in order as clients do.
+        scope = {"type": "http", "method": "GET", "path": unquote(path), "raw_path": path.encode(), "headers": [],
+                 "query_string": b""}  # fmt: skip
+        await create_app(make_dependencies(config))(scope, receive, send)
+        return int(sent[0]["status"])
+
+    assert asyncio.run(ask()) == 400
+
+
+def test_only_those_with_a_key_have_a_model_read(config: Config) -> None:
+    KeyStore(config.paths.api_keys).create("shop")
+    client = TestClient(create_app(make_dependencies(config)), raise_server_exceptions=False)
+    assert client.get("/healthz").status_code == 200
+    for path in ("/models/cards/healthz", "/models/cards/readyz", "/models/cards/openapi.json"):
+        assert client.get(path).status_code == 401
 
 
 def test_keys_are_asked_for_the_path_behind_the_name(config: Config) -> None:

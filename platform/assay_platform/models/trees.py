@@ -94,7 +94,11 @@ class TreeEnsemble:
         rows = np.ascontiguousarray(rows_NF)
         known = self._known_reference
         reference = np.ascontiguousarray(reference_F, dtype=rows.dtype)
-        if known is None or not np.array_equal(known.row, reference, equal_nan=True):
+        if (
+            known is None
+            or known.row.dtype != reference.dtype
+            or not np.array_equal(known.row, reference, equal_nan=True)
+        ):
             walk = self._walk32 if rows.dtype == np.float32 else self._walk64
             walk = walk._replace(nodes=walk.nodes.copy())
             trees_numba.note_reference(reference, walk.nodes)

@@ -139,13 +139,22 @@ class ModelRegistry:
             raise
 
     def aliases(self) -> dict[str, AliasesOf]:
-        """Model name → where its aliases point, of all models in one request."""
-        return {
-            model.name: AliasesOf(
-                model.tags.get(_APPLICATION_TAG, ""), {alias: int(version) for alias, version in model.aliases.items()}
-            )
-            for model in self._client.search_registered_models(max_results=1000)
-        }
+        """Model name → where its aliases point, of all models in few requests."""
+        found: dict[str, AliasesOf] = {}
+        token = None
+        while True:
+            page = self._client.search_registered_models(max_results=1000, page_token=token)
+            for model in page:
+                aliases = {alias: int(version) for alias, version in model.aliases.items()}
+                found[model.name] = AliasesOf(model.tags.get(_APPLICATION_TAG, ""), aliases)
+            token = page.token
+            if not token:
+                return found
+
+    def application_of(self, name: str) -> str | None:
+        """What a model is for; None where there is no such model."""
+        model = self._find_model(name)
+        return None if model is None else str(model.tags.get(_APPLICATION_TAG, ""))
 
     def recorded_validation(self, name: str, version: int, fingerprint: str) -> float | None:
         """A version's own validation metric, if its run was on the data with this fingerprint."""
