@@ -1,10 +1,10 @@
 """Drift of a recommender's events: alarms over what came later in two public data sets, and over faults put into it.
 
-The reference is of the first four fifths of the interactions, as a training run keeps it; windows are of the rest, in
-time order. An alarm is a finding in two windows running, as in the service. What came later is no ground truth: new
-products are a real change, and rightly found where they are many. Faults are put into a fifth of the rows.
+The reference is of the first interactions, as a training run keeps it; windows are of the rest, in time order. An alarm
+is a finding in two windows running, as in the service. What came later is no ground truth: new products are a real
+change, and rightly found where they are many. Faults are put into a fifth of the rows.
 
-    assay bench monitoring_interactions [--json] [--data movielens-100k complete-journey]
+    assay bench monitoring_interactions [--json] [--data movielens-100k complete-journey] [--cut 0.8]
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from _report import finish, row
 
-CUT, SHARE = 0.8, 0.2
+SHARE = 0.2
 Columns = dict[str, Any]
 Fault = Callable[[np.random.Generator, Columns], Columns]
 
@@ -58,6 +58,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["movielens-100k", "complete-journey"])
+    parser.add_argument("--cut", type=float, default=0.8, help="part of the events that the reference is of")
     parser.add_argument("--json", action="store_true")
     call = parser.parse_args()
     rows = []
@@ -66,7 +67,7 @@ def main() -> None:
         schema = CATALOGUE[name].schema(folder)
         assert isinstance(schema, RecommendSchema)
         events = load_table(folder / EVENTS, schema).events
-        cut = int(CUT * len(events))
+        cut = int(call.cut * len(events))
         reference = Reference.from_dict(events_reference(schema, events.take(slice(0, cut))))
         size = reference.window_rows
         windows: list[Columns] = [

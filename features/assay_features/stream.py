@@ -201,11 +201,12 @@ class EventStream:
             if not entities:
                 continue
             held = self._entities[entities[0]]
-            rows_of = [[i for i, value in enumerate(keys[entity]) if value is not None] for entity in entities]
-            found = [
-                records[places[entity][keys[entity][i]]]  # type: ignore[index]  # those without a key are left out
-                for entity, rows in zip(entities, rows_of, strict=True) for i in rows
-            ]  # fmt: skip
+            rows_of: list[list[int]] = []
+            found: list[bytes | None] = []
+            for entity in entities:
+                known = [(i, value) for i, value in enumerate(keys[entity]) if value is not None]
+                rows_of.append([i for i, _ in known])
+                found += [records[places[entity][value]] for _, value in known]
             states, recent = held.unpack(found)
             features = held.layout.apply(states, moments[[i for rows in rows_of for i in rows]])
             start = 0

@@ -33,6 +33,8 @@ class Board:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._stamp = (0, 0)  # of the file that was read last
+        self._read: Seen | None = None
 
     def write(self, seen: Seen) -> None:
         """Instead of what it says now."""
@@ -43,13 +45,13 @@ class Board:
     def read(self) -> Seen | None:
         """What it says; None where there is nothing that can be read."""
         try:
-            return _seen.decode(self._path.read_bytes())
+            about = self._path.stat()
+            stamp = (about.st_mtime_ns, about.st_ino)
+            if stamp != self._stamp:  # it is looked at far more often than written
+                self._read, self._stamp = _seen.decode(self._path.read_bytes()), stamp
         except (OSError, msgspec.MsgspecError):
             return None
-
-    def remove(self) -> None:
-        """Safe to repeat."""
-        self._path.unlink(missing_ok=True)
+        return self._read
 
 
 def keep_up_to_date(board: Board, open_registry: Callable[[], ModelRegistry], *, poll_s: float) -> None:

@@ -124,7 +124,7 @@ class Gatekeeper:
         named = model_of(scope)
         if any(part in (".", "..") for part in (named, *path.split("/"))):
             # Whoever passes it on might take the dots for what they say, after the key was asked for something else.
-            return 400, "the path has a segment of dots alone", {}
+            return 400, "the path has a segment that is '.' or '..'; send it without", {}
         if path in _OPEN and not named:
             return None
         if not self._bucket.take():

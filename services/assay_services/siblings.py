@@ -60,7 +60,7 @@ class Siblings:
         """writes: false for a process that never takes over: it does not follow the models that others follow, which a
         request means that names none.
         """
-        self._home, self._writes, self._clock = home, writes, clock
+        self._home, self.writes, self._clock = home, writes, clock
         self._folder = sockets_of(home)
         self.socket = self._folder / f"{os.getpid()}.sock"
         self._mutex = threading.Lock()
@@ -71,7 +71,7 @@ class Siblings:
 
     def is_writer(self) -> bool:
         """Whether this process writes; it does from now on if nobody else does."""
-        if not self._writes:
+        if not self.writes:
             return False
         with self._mutex:
             now = self._clock()
@@ -170,6 +170,8 @@ class HandOver:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Handle one connection."""
         is_its = scope["type"] == "http" and scope["path"] in _WRITERS.get(scope["method"], ())
+        if is_its and scope["method"] == "GET" and not self._siblings.writes:
+            is_its = False  # what such a process scores, no other one does
         if not is_its or self._siblings.is_writer():
             await self._app(scope, receive, send)
             return

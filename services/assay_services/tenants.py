@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from assay_services.named_models import model_of
@@ -62,15 +63,11 @@ class Tenants:
         self._here: OrderedDict[str, Tenant] = OrderedDict()
         self._failed: dict[str, tuple[float, ProblemError]] = {}
         self._coming: set[str] = set()
-        self._wanted: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._to_do: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_closed = False
-        # One model is read at a time: two would take twice as long. One that hangs does not hold up the end.
+        # Models come and go one at a time: two that are read at once take twice as long, and one that goes must not be
+        # taken from under the same one that comes back. A reading that hangs does not hold up the end.
         self._thread: threading.Thread | None = None
-
-    def here(self) -> list[Tenant]:
-        """Those in memory."""
-        with self._lock:
-            return list(self._here.values())
 
     def get(self, name: str) -> Tenant | None:
         """One in memory; None while it is being read, which begins now if it has not.
@@ -92,18 +89,15 @@ class Tenants:
                 if len(self._coming) >= _MOST_WAITING:
                     raise ProblemError(503, "too many models are being read", headers={"Retry-After": "5"})
                 self._coming.add(name)
-                self._wanted.put(name)
+                self._to_do.put(partial(self._bring, name))
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="assay-tenants", daemon=True)
                     self._thread.start()
             return None
 
     def let_go(self, name: str) -> None:
-        """Of one, if it is there."""
-        with self._lock:
-            tenant = self._here.pop(name, None)
-        if tenant is not None:
-            self._let_go(tenant)
+        """Of one, soon, if it is there."""
+        self._to_do.put(partial(self._forget, name))
 
     def close(self) -> None:
         """None is read any more."""
@@ -112,16 +106,24 @@ class Tenants:
 
     def _run(self) -> None:
         while not self._is_closed:
-            name = self._wanted.get()
-            try:
-                tenant = self._read(name)
-            except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it
-                if not isinstance(error, ProblemError):
-                    _log.exception("model %s could not be read", name)
-                    error = ProblemError(503, f"model {name!r} could not be read", headers={"Retry-After": "5"})
-                self._not_there(name, error)
-            else:
-                self._there(name, tenant)
+            self._to_do.get()()
+
+    def _bring(self, name: str) -> None:
+        try:
+            tenant = self._read(name)
+        except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it
+            if not isinstance(error, ProblemError):
+                _log.exception("model %s could not be read", name)
+                error = ProblemError(503, f"model {name!r} could not be read", headers={"Retry-After": "5"})
+            self._not_there(name, error)
+        else:
+            self._there(name, tenant)
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            tenant = self._here.pop(name, None)
+        if tenant is not None:
+            self._let_go(tenant)
 
     def _not_there(self, name: str, why: ProblemError) -> None:
         with self._lock:
@@ -134,11 +136,12 @@ class Tenants:
         with self._lock:
             too_many = len(self._here) + 1 - self._most
             gone = [self._here.popitem(last=False)[1] for _ in range(max(0, too_many))]
+        for one in gone:
+            self._let_go(one)
+        with self._lock:
             self._here[name] = tenant
             self._failed.pop(name, None)
             self._coming.discard(name)
-        for one in gone:
-            self._let_go(one)
 
 
 async def arrived(get: Callable[[str], Tenant | None], name: str) -> Tenant:

@@ -957,15 +957,17 @@ def copied(config: Config, name: str, copy: str, kind: str) -> None:
     open_registry(config).promote(copy, 1, reason="a copy")
 
 
-def test_requests_name_other_models_by_their_path_and_each_keeps_to_itself(
-    home: Config,
-    files: dict[str, tuple[Path, Path]],
-    fraud_report: RunReport,
-    recommend_report: RunReport,
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def own_home(home: Config, fraud_report: RunReport, recommend_report: RunReport, tmp_path: Path) -> Config:
+    """A copy of what was trained, for tests that change what others rely on."""
     shutil.copytree(home.paths.home, tmp_path / "home")
-    config = Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
+    return Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
+
+
+def test_requests_name_other_models_by_their_path_and_each_keeps_to_itself(
+    own_home: Config, files: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    config = own_home
     for name, copy, kind in (
         ("fraud-own", "cards", "fraud"), ("fraud-own", "claims", "fraud"), ("recommend-own", "shop", "recommend"),
     ):  # fmt: skip
@@ -1027,10 +1029,9 @@ def test_requests_name_other_models_by_their_path_and_each_keeps_to_itself(
 
 
 def test_behind_ray_serve_models_share_replicas_or_have_their_own(
-    home: Config, files: dict[str, tuple[Path, Path]], fraud_report: RunReport, ray_session: str, tmp_path: Path
+    own_home: Config, files: dict[str, tuple[Path, Path]], ray_session: str, tmp_path: Path
 ) -> None:
-    shutil.copytree(home.paths.home, tmp_path / "home")
-    config = Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
+    config = own_home
     for copy in ("cards", "claims", "transfers"):
         copied(config, "fraud-own", copy, "fraud")
     settings = tmp_path / "assay.toml"
@@ -1061,14 +1062,9 @@ def test_behind_ray_serve_models_share_replicas_or_have_their_own(
 
 
 def test_without_its_registry_a_service_goes_on_and_a_poisoned_version_changes_nothing(
-    home: Config,
-    files: dict[str, tuple[Path, Path]],
-    fraud_report: RunReport,
-    recommend_report: RunReport,
-    tmp_path: Path,
+    own_home: Config, files: dict[str, tuple[Path, Path]]
 ) -> None:
-    shutil.copytree(home.paths.home, tmp_path / "home")
-    config = Config(paths=Paths(home=tmp_path / "home", cache=home.paths.cache))
+    config = own_home
     with serving(config.paths.home, "--fraud", "fraud-own") as (client, _):
 
         def scores() -> float:
